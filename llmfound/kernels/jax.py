@@ -1,0 +1,3 @@
+"""Overrides for JAX."""
+
+__all__ = []

@@ -1,0 +1,6 @@
+from llmfound.layers.attention import AdditiveAttention, MultiHeadAttention, MultiHeadSelfAttention
+from llmfound.layers.blocks import PostLNBlock, PreLNBlock, TransformerBlock
+from llmfound.layers.dropout import Dropout
+from llmfound.layers.embedding import PositionalEncoding
+from llmfound.layers.feedforward import FeedForward
+from llmfound.layers.heads import MaskedLMHead

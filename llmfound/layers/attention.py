@@ -1,0 +1,199 @@
+"""Attention: additive (Bahdanau et al. 2015) and multi-head scaled dot-product (Vaswani et al. 2017)."""
+
+from keras import layers, ops
+
+from llmfound import kernels
+from llmfound.base import Layer
+from llmfound.layers.dropout import Dropout
+from llmfound.ops import attention_mask, masked_softmax
+
+
+class AdditiveAttention(Layer):
+    """Scores every memory position against every query with a one-layer network.
+
+    e_ij = v . tanh(W q_i + U m_j),  a_i = softmax(e_i),  c_i = sum_j a_ij m_j
+    Source: Bahdanau, Cho, Bengio 2015, section 3.1 and appendix A.1.2. keras.layers.AdditiveAttention has no
+    projections W and U, so it is not the paper's.
+
+    Args:
+        units: Width of the scoring network (n' in the paper).
+        dropout: Fraction of attention weights dropped in training, 0 to 1 (none in the paper).
+
+    Call arguments:
+        query: float (batch, queries, query_dim).
+        memory: float (batch, length, memory_dim).
+        mask: bool (batch, length), True at real positions. None attends everywhere.
+        keys: float (batch, length, units), `project(memory)` if it was computed before; a decoder does it once.
+
+    Returns:
+        context, float (batch, queries, memory_dim); weights, float32 (batch, queries, length).
+
+    Raises:
+        ValueError: if `units` is not positive, or query or memory is not of rank 3.
+    """
+
+    def __init__(self, units, dropout=0.0, **kwargs):
+        super().__init__(**kwargs)
+        if units <= 0:
+            raise ValueError(f"units must be positive; got {units}.")
+        policy = dict(dtype=self.dtype_policy)
+        self.query = layers.Dense(units, use_bias=False, name="query", **policy)
+        self.key = layers.Dense(units, use_bias=False, name="key", **policy)
+        self.score = layers.Dense(1, use_bias=False, name="score", **policy)
+        self.dropout = Dropout(dropout, name="dropout", **policy)
+        self.supports_masking = True
+
+    def project(self, memory):
+        """U m_j of every memory position: float (batch, length, units). It does not depend on the query."""
+        return self.key(memory)
+
+    def call(self, query, memory, mask=None, keys=None, training=None):
+        _check_rank(query=query, memory=memory)
+        keys = self.project(memory) if keys is None else keys
+        scores = self.score(ops.tanh(self.query(query)[:, :, None] + keys[:, None]))[..., 0]
+        weights = masked_softmax(scores, None if mask is None else mask[:, None])
+        context = ops.matmul(self.dropout(ops.cast(weights, memory.dtype), training=training), memory)
+        return context, weights
+
+
+class MultiHeadAttention(Layer):
+    """Lets each query look at a memory through several heads.
+
+    head_j = softmax((q Wq_j) (m Wk_j)^T / sqrt(d_k) + bias) (m Wv_j),  output = [head_1; ...; head_h] Wo
+    Source: Vaswani et al. 2017, section 3.2. The paper shows no projection biases, and no dropout on the weights.
+
+    Args:
+        hidden_dim: Width of the output (d_model in the paper).
+        num_heads: Number of heads (h).
+        head_dim: Width of each head (d_k = d_v); None takes hidden_dim / num_heads, as the paper does.
+        dropout: Fraction of attention weights dropped in training, 0 to 1.
+        use_bias: Whether the four projections have biases (BERT, GPT and BART do).
+        causal: Whether query i sees memory positions 0..i only.
+        kernel_initializer: Of the four projections (Glorot uniform, as in the authors' code).
+
+    Call arguments:
+        query: float (batch, queries, query_dim).
+        memory: float (batch, length, memory_dim).
+        mask: bool (batch, length), (batch, queries, length) or (batch, heads, queries, length), True where a query
+            may look; it combines with `causal`. A query that may look nowhere gets the mean of all values.
+        bias: float, broadcastable to (batch, heads, queries, length), added to the scaled scores.
+        return_weights: whether to return the attention weights, too. Costs nothing when False.
+
+    Returns:
+        float (batch, queries, hidden_dim); with `return_weights` also float32 (batch, heads, queries, length).
+
+    Raises:
+        ValueError: if `num_heads` does not divide `hidden_dim` and no `head_dim` is given, or a rank is not 3.
+    """
+
+    def __init__(self, hidden_dim, num_heads, head_dim=None, dropout=0.0, use_bias=False, causal=False,
+                 kernel_initializer="glorot_uniform", **kwargs):  # fmt: skip
+        super().__init__(**kwargs)
+        if hidden_dim <= 0 or num_heads <= 0:
+            raise ValueError(f"hidden_dim and num_heads must be positive; got {hidden_dim} and {num_heads}.")
+        if head_dim is None and hidden_dim % num_heads:
+            below = hidden_dim - hidden_dim % num_heads
+            raise ValueError(
+                f"hidden_dim ({hidden_dim}) must be divisible by num_heads ({num_heads}); "
+                f"try {f'{below} or ' if below else ''}{below + num_heads}."
+            )
+        self.num_heads = num_heads
+        self.head_dim = head_dim or hidden_dim // num_heads
+        self.causal = causal
+        inner = self.num_heads * self.head_dim
+        dense = dict(use_bias=use_bias, kernel_initializer=kernel_initializer, dtype=self.dtype_policy)
+        self.query = layers.Dense(inner, name="query", **dense)
+        self.key = layers.Dense(inner, name="key", **dense)
+        self.value = layers.Dense(inner, name="value", **dense)
+        self.merge = layers.Dense(hidden_dim, name="output", **dense)
+        self.dropout = Dropout(dropout, name="dropout", dtype=self.dtype_policy)
+        self.supports_masking = True
+
+    def split(self, x):
+        """(batch, length, heads * head_dim) to (batch, length, heads, head_dim)."""
+        return ops.reshape(x, (-1, *ops.shape(x)[1:2], self.num_heads, self.head_dim))
+
+    def project(self, memory):
+        """Keys and values of a memory, each (batch, length, heads, head_dim); a decoder computes them once."""
+        return self.split(self.key(memory)), self.split(self.value(memory))
+
+    def attend(self, query, key, value, mask=None, bias=None, training=None):
+        """What the heads read, (batch, queries, heads, head_dim): the method that papers change.
+
+        `mask` is bool, broadcastable to (batch, heads, queries, length), causality already in it.
+        """
+        if training and self.dropout.rate > 0:
+            return self.read(self.weights_of(query, key, mask, bias), value, training)
+        return kernels.dot_product_attention(query, key, value, mask, bias)
+
+    def weights_of(self, query, key, mask=None, bias=None):
+        """Attention weights, float32 (batch, heads, queries, length)."""
+        return kernels.attention_weights(query, key, mask, bias)
+
+    def read(self, weights, value, training=None):
+        """Values averaged by the weights, after dropout of weights: (batch, queries, heads, head_dim)."""
+        weights = self.dropout(ops.cast(weights, value.dtype), training=training)
+        return ops.einsum("bhqk,bkhd->bqhd", weights, value)
+
+    def join(self, heads):
+        """The output projection of the concatenated heads, (batch, queries, hidden_dim)."""
+        return self.merge(ops.reshape(heads, (-1, *ops.shape(heads)[1:2], self.num_heads * self.head_dim)))
+
+    def call(self, query, memory, mask=None, bias=None, return_weights=False, training=None):
+        _check_rank(query=query, memory=memory)
+        mask = attention_mask(mask, self.causal, ops.shape(query)[1], ops.shape(memory)[1])
+        query, (key, value) = self.split(self.query(query)), self.project(memory)
+        if not return_weights:
+            return self.join(self.attend(query, key, value, mask, bias, training))
+        weights = self.weights_of(query, key, mask, bias)
+        return self.join(self.read(weights, value, training)), weights
+
+    def step(self, query, memory, mask=None):
+        """For decoding: queries (rows, 1, query_dim) look at `memory`, the keys and values from `project`.
+
+        rows is a multiple of the memory's batch; the rows of one sentence, its beams, stand together and share its
+        memory without copies. Returns float (rows, 1, hidden_dim).
+        """
+        key, value = memory
+        beams = query.shape[0] // key.shape[0]
+        query = ops.reshape(self.query(query), (key.shape[0], beams, self.num_heads, self.head_dim))
+        heads = self.attend(query, key, value, attention_mask(mask))
+        return self.join(ops.reshape(heads, (-1, 1, self.num_heads, self.head_dim)))
+
+
+class MultiHeadSelfAttention(MultiHeadAttention):
+    """Multi-head attention in which queries, keys and values come from the same sequence.
+
+    Source: Vaswani et al. 2017, section 3.2.3. Arguments as in MultiHeadAttention.
+
+    Call arguments:
+        x: float (batch, length, dim).
+        mask: bool (batch, length), True at real tokens, or a larger one as in MultiHeadAttention.
+        bias: float, broadcastable to (batch, heads, length, length).
+        return_weights: whether to return the attention weights, too.
+
+    Returns:
+        float (batch, length, hidden_dim); with `return_weights` also float32 (batch, heads, length, length).
+    """
+
+    def call(self, x, mask=None, bias=None, return_weights=False, training=None):
+        return super().call(x, x, mask, bias, return_weights, training)
+
+    def step(self, x, cache, position):
+        """For decoding: one new position, (rows, 1, dim), looks at itself and those before it.
+
+        `cache` is a pair of float (rows, max_length, heads, head_dim), filled below `position`; it is used up.
+        Returns float (rows, 1, hidden_dim) and the new cache.
+        """
+        cache = [kernels.write(old, new, position) for old, new in zip(cache, self.project(x))]
+        if isinstance(position, int):  # a plain Python loop: only the filled part
+            (key, value), mask = (c[:, : position + 1] for c in cache), None
+        else:  # a compiled loop: fixed shapes
+            (key, value), mask = cache, (ops.arange(cache[0].shape[1]) <= position)[None, None, None]
+        return self.join(self.attend(self.split(self.query(x)), key, value, mask)), cache
+
+
+def _check_rank(**tensors):
+    for name, x in tensors.items():
+        if len(x.shape) != 3:
+            raise ValueError(f"{name} must be (batch, length, dim); got shape {tuple(x.shape)}.")

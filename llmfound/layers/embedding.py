@@ -1,0 +1,57 @@
+"""Positions."""
+
+from keras import ops
+
+from llmfound.base import Layer
+from llmfound.ops import sinusoids
+
+
+class PositionalEncoding(Layer):
+    """Adds a fixed sinusoid of its position to every vector.
+
+    PE[pos, 2i] = sin(pos / 10000^(2i/dim)),  PE[pos, 2i+1] = cos(pos / 10000^(2i/dim)),  pos from 0
+    Source: Vaswani et al. 2017, section 3.5. `layout="concatenated"` is the table of the authors' code (`ops.sinusoids`).
+
+    Args:
+        max_length: Longest sequence it accepts.
+        layout: "interleaved" or "concatenated".
+
+    Call arguments:
+        x: float (batch, length, dim), dim even.
+        start: int, position of the first vector; a decoder that goes step by step passes its step.
+
+    Returns:
+        float (batch, length, dim).
+
+    Raises:
+        ValueError: if dim is odd, the layout is unknown, or the sequence is longer than `max_length`.
+    """
+
+    def __init__(self, max_length=1024, layout="interleaved", **kwargs):
+        super().__init__(**kwargs)
+        if max_length <= 0:
+            raise ValueError(f"max_length must be positive; got {max_length}.")
+        if layout not in ("interleaved", "concatenated"):
+            raise ValueError(f'layout must be "interleaved" or "concatenated"; got {layout!r}.')
+        self.max_length = max_length
+        self.layout = layout
+        self.supports_masking = True
+        self.built = True
+
+    def call(self, x, start=None):
+        length, dim = x.shape[1:]
+        if dim % 2:
+            raise ValueError(f"Sinusoids come in pairs, so the width must be even; got {dim}.")
+        if length is not None and length > self.max_length:
+            raise ValueError(
+                f"A sequence of {length} is longer than the position table ({self.max_length}); "
+                f"shorten it or build the layer or model with max_length={length}."
+            )
+        table = sinusoids(self.max_length, dim, self.layout)
+        if start is None and length is not None:
+            return x + ops.cast(table[:length], x.dtype)
+        positions = ops.arange(ops.shape(x)[1]) + (0 if start is None else start)
+        return x + ops.cast(ops.take(table, positions, axis=0), x.dtype)
+
+    def compute_output_shape(self, input_shape, **kwargs):
+        return input_shape

@@ -1,0 +1,41 @@
+"""The position-wise network of a Transformer layer."""
+
+from keras import layers
+
+from llmfound.base import Layer
+
+
+class FeedForward(Layer):
+    """Two dense layers, the same at every position.
+
+    FFN(x) = max(0, x W1 + b1) W2 + b2. Source: Vaswani et al. 2017, section 3.3, equation 2.
+
+    Args:
+        hidden_dim: Width of the output (d_model in the paper).
+        intermediate_dim: Width in between (d_ff).
+        activation: Name or function; ReLU in the paper, GELU in GPT and BERT.
+        kernel_initializer: Of both layers (Glorot uniform, as in the authors' code).
+
+    Call arguments:
+        x: float (..., dim).
+
+    Returns:
+        float (..., hidden_dim).
+
+    Raises:
+        ValueError: if a width is not positive.
+    """
+
+    def __init__(self, hidden_dim, intermediate_dim, activation="relu", kernel_initializer="glorot_uniform", **kwargs):
+        super().__init__(**kwargs)
+        if hidden_dim <= 0 or intermediate_dim <= 0:
+            raise ValueError(
+                f"hidden_dim and intermediate_dim must be positive; got {hidden_dim} and {intermediate_dim}."
+            )
+        dense = dict(kernel_initializer=kernel_initializer, dtype=self.dtype_policy)
+        self.expand = layers.Dense(intermediate_dim, activation=activation, name="expand", **dense)
+        self.contract = layers.Dense(hidden_dim, name="contract", **dense)
+        self.supports_masking = True
+
+    def call(self, x):
+        return self.contract(self.expand(x))

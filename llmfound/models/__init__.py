@@ -1,0 +1,1 @@
+from llmfound.models.transformer import Transformer
