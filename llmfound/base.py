@@ -3,6 +3,7 @@
 import inspect
 
 import keras
+import numpy as np
 
 
 class Configured:
@@ -53,4 +54,64 @@ class _BuiltAfterInit(type(keras.Model)):
 
 
 class Model(Configured, keras.Model, metaclass=_BuiltAfterInit):
-    """A keras.Model whose weights exist as soon as it is constructed."""
+    """A keras.Model whose weights exist as soon as it is constructed, and which checks the ids it is given.
+
+    A subclass tells in `input_signature()` the names and shapes of its inputs, a dict of integer arrays, and may tell
+    in `input_limits()` how large the ids may be.
+    """
+
+    def input_signature(self):
+        """Names and shapes, without the batch axis, of the inputs: for instance {"token_ids": (None,)}."""
+        raise NotImplementedError(f"{type(self).__name__} must define input_signature(), its inputs' names and shapes.")
+
+    def input_limits(self):
+        """The number each input's ids must stay below, by name: for instance {"token_ids": vocab_size}."""
+        return {}
+
+    def check_inputs(self, inputs):
+        """Raises ValueError unless the inputs that are there have integer type, the right rank, and ids in range.
+
+        The range is checked where the numbers are at hand: in NumPy arrays, not inside a compiled step.
+        """
+        limits = self.input_limits()
+        for name, shape in self.input_signature().items():
+            x = inputs.get(name)
+            if x is None:
+                continue
+            dtype = keras.backend.standardize_dtype(x.dtype) if hasattr(x, "dtype") else "object"
+            if "int" not in dtype:
+                raise ValueError(f"{name} must hold integers; got {dtype}, shape {tuple(np.shape(x))}.")
+            if len(x.shape) != 1 + len(shape):
+                raise ValueError(f"{name} must be of shape {('batch', *shape)}; got {tuple(x.shape)}.")
+            if not isinstance(x, np.ndarray):
+                continue
+            if x.size == 0:
+                raise ValueError(f"{name} is empty: shape {x.shape}; it needs at least one row and one token.")
+            low, high, limit = x.min(), x.max(), limits.get(name, np.inf)
+            if low < 0 or high >= limit:
+                raise ValueError(f"{name} must hold ids from 0 to {limit - 1}; got {low} to {high}.")
+
+    def __call__(self, inputs, *args, **kwargs):
+        if isinstance(inputs, dict):
+            self.check_inputs(inputs)
+            missing = self.input_signature().keys() - inputs.keys()
+            if missing:
+                raise ValueError(f"{type(self).__name__} also needs {sorted(missing)}; got {sorted(inputs)}.")
+        return super().__call__(inputs, *args, **kwargs)
+
+    def _checked(self, x):
+        if isinstance(x, dict):
+            self.check_inputs(x)
+        return x
+
+    def fit(self, x=None, *args, **kwargs):
+        return super().fit(self._checked(x), *args, **kwargs)
+
+    def evaluate(self, x=None, *args, **kwargs):
+        return super().evaluate(self._checked(x), *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        return super().predict(self._checked(x), *args, **kwargs)
+
+    def train_on_batch(self, x, *args, **kwargs):
+        return super().train_on_batch(self._checked(x), *args, **kwargs)

@@ -3,8 +3,19 @@
 import keras
 from keras import ops
 
-__all__ = ["masked_softmax", "attention_weights", "dot_product_attention", "dropout", "token_cross_entropy", "write",
-           "fast_matmul"]
+__all__ = [
+    "masked_softmax",
+    "attention_weights",
+    "dot_product_attention",
+    "dropout",
+    "token_cross_entropy",
+    "adam_update",
+    "write",
+    "fast_matmul",
+    "compiled",
+    "unfold",
+    "top_k",
+]
 
 MASKED = -1e30  # finite: a row with nothing but masked positions gets equal weights, not NaN
 
@@ -74,9 +85,29 @@ def token_cross_entropy(logits, labels, smoothing=0.0):
         float32 (...), natural logarithm.
     """
     logits = ops.cast(logits, "float32")
-    chosen = ops.sum(ops.one_hot(labels, logits.shape[-1], dtype="float32") * logits, axis=-1)
+    chosen = ops.sum(ops.one_hot(ops.cast(labels, "int32"), logits.shape[-1], dtype="float32") * logits, axis=-1)
     loss = ops.logsumexp(logits, axis=-1) - (1 - smoothing) * chosen
     return loss if smoothing == 0 else loss - smoothing * ops.mean(logits, axis=-1)
+
+
+def adam_update(variable, gradient, momentum, velocity, learning_rate, step, beta_1, beta_2, epsilon):
+    """One Adam update, in place, in the form that Keras and TensorFlow share.
+
+    m = m + (1 - beta_1)(g - m);  v = v + (1 - beta_2)(g^2 - v)
+    w = w - rate sqrt(1 - beta_2^step) / (1 - beta_1^step) m / (sqrt(v) + epsilon)
+    Source: Kingma and Ba 2015, section 2, the variant at its end.
+
+    Args:
+        variable, momentum, velocity: variables w, m, v.
+        gradient: float, the shape of the variable.
+        learning_rate, step: scalars; step counts from 1.
+        beta_1, beta_2, epsilon: Python floats.
+    """
+    alpha = learning_rate * ops.sqrt(1 - ops.power(beta_2, step)) / (1 - ops.power(beta_1, step))
+    gradient = ops.cast(gradient, variable.dtype)
+    momentum.assign(momentum + (gradient - momentum) * (1 - beta_1))
+    velocity.assign(velocity + (ops.square(gradient) - velocity) * (1 - beta_2))
+    variable.assign(variable - ops.cast(alpha, variable.dtype) * momentum / (ops.sqrt(velocity) + epsilon))
 
 
 def write(cache, update, position):

@@ -1,8 +1,14 @@
 """Overrides for TensorFlow."""
 
+import weakref
+
+import keras
+import numpy as np
 import tensorflow as tf
 
-__all__ = ["token_cross_entropy"]
+__all__ = ["token_cross_entropy", "adam_update", "compiled"]
+
+_programs = weakref.WeakKeyDictionary()  # model: {(function, static): its graph}
 
 
 def token_cross_entropy(logits, labels, smoothing=0.0):
@@ -10,5 +16,16 @@ def token_cross_entropy(logits, labels, smoothing=0.0):
     logits = tf.cast(logits, "float32")
     classes = tf.shape(logits)[-1]
     other = smoothing / tf.cast(classes, "float32")
-    target = tf.one_hot(labels, classes, on_value=1 - smoothing + other, off_value=other)
+    target = tf.one_hot(tf.cast(labels, "int32"), classes, on_value=1 - smoothing + other, off_value=other)
     return tf.nn.softmax_cross_entropy_with_logits(target, logits)
+
+
+def adam_update(variable, gradient, momentum, velocity, learning_rate, step, beta_1, beta_2, epsilon):
+    """TensorFlow's fused Adam; see `reference.adam_update`."""
+    var, m, v = (v if isinstance(v, tf.Variable) else v.value for v in (variable, momentum, velocity))
+    dtype = var.dtype
+    tf.raw_ops.ResourceApplyAdam(
+        var=var.handle, m=m.handle, v=v.handle, beta1_power=tf.cast(tf.pow(beta_1, step), dtype),
+        beta2_power=tf.cast(tf.pow(beta_2, step), dtype), lr=tf.cast(learning_rate, dtype), beta1=beta_1,
+        beta2=beta_2, epsilon=epsilon, grad=tf.cast(tf.convert_to_tensor(gradient), dtype),
+    )  # fmt: skip

@@ -1,8 +1,28 @@
 """Overrides for PyTorch."""
 
+import keras
+import numpy as np
 import torch
 
-__all__ = ["token_cross_entropy", "write", "fast_matmul"]
+from llmfound.kernels import reference
+
+__all__ = ["dropout", "token_cross_entropy", "adam_update", "write", "fast_matmul", "compiled", "unfold", "top_k"]
+
+SEED_WORDS = np.array([2**32, 1], "uint64")  # a Keras seed is two words of 32 bits
+
+
+def dropout(x, rate, seed):
+    """On the CPU, masks from 16 random bits an element: torch draws a 64-bit number for each and takes 6x the time.
+
+    The rate is met to 1/65536; see `reference.dropout`.
+    """
+    if x.device.type != "cpu":  # a GPU's own dropout is fast, and the meta device has no numbers
+        return torch.nn.functional.dropout(x, rate)
+    generator = torch.Generator().manual_seed(int(np.asarray(seed.next(), "uint64") @ SEED_WORDS))
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    dropped = round(rate * 2**16)
+    keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+    return torch.ops.aten.native_dropout_backward(x, keep, 2**16 / (2**16 - dropped))  # x * keep * scale
 
 
 def token_cross_entropy(logits, labels, smoothing=0.0):
@@ -12,6 +32,17 @@ def token_cross_entropy(logits, labels, smoothing=0.0):
         logits.reshape(-1, classes).float(), labels.reshape(-1).long(), reduction="none", label_smoothing=smoothing
     )
     return loss.reshape(labels.shape)
+
+
+def adam_update(variable, gradient, momentum, velocity, learning_rate, step, beta_1, beta_2, epsilon):
+    """torch's fused Adam; its epsilon stands after the bias correction, so it is rescaled to mean the same."""
+    step = torch.as_tensor(step, dtype=torch.float32)
+    with torch.no_grad():
+        torch._fused_adam_(
+            [variable.value], [gradient.to(variable.value.dtype)], [momentum.value], [velocity.value], [], [step],
+            lr=float(learning_rate), beta1=beta_1, beta2=beta_2, weight_decay=0.0,
+            eps=epsilon / (1 - beta_2 ** float(step)) ** 0.5, amsgrad=False, maximize=False,
+        )  # fmt: skip
 
 
 def write(cache, update, position):
@@ -39,3 +70,29 @@ def fast_matmul():
     if ((a @ b - exact).abs().max() / exact.abs().max()).item() > 2e-6:
         torch.set_float32_matmul_precision(before)
     return torch.get_float32_matmul_precision()
+
+
+def compiled(model, function, *static):
+    """Compiles nothing; see `reference.compiled`."""
+    call = reference.compiled(model, function, *static)
+    return torch.inference_mode()(call)
+
+
+def unfold(step, carry, record):
+    """A Python loop: its counters stay ints, so a model slices its caches without asking the device for them."""
+    records = keras.tree.flatten(record)
+    for t in range(len(records[0])):
+        carry, row, stop = step(t, carry)
+        for rows, values in zip(records, keras.tree.flatten(row)):
+            rows[t] = values
+        if stop:
+            break
+    return carry, record, t + 1
+
+
+def top_k(x, k):
+    """torch.topk leaves the order of equal values open; where there are any, a stable sort decides."""
+    values, indices = torch.topk(x, min(k + 1, x.shape[-1]))
+    if (values[..., 1:] == values[..., :-1]).any():
+        values, indices = torch.sort(x, dim=-1, descending=True, stable=True)
+    return values[..., :k], indices[..., :k].int()

@@ -42,13 +42,14 @@ class PositionalEncoding(Layer):
         length, dim = x.shape[1:]
         if dim % 2:
             raise ValueError(f"Sinusoids come in pairs, so the width must be even; got {dim}.")
-        if length is not None and length > self.max_length:
+        known = isinstance(length, int)  # not while a backend traces for any length
+        if known and length > self.max_length:
             raise ValueError(
                 f"A sequence of {length} is longer than the position table ({self.max_length}); "
                 f"shorten it or build the layer or model with max_length={length}."
             )
         table = sinusoids(self.max_length, dim, self.layout)
-        if start is None and length is not None:
+        if start is None and known:
             return x + ops.cast(table[:length], x.dtype)
         positions = ops.arange(ops.shape(x)[1]) + (0 if start is None else start)
         return x + ops.cast(ops.take(table, positions, axis=0), x.dtype)

@@ -1,0 +1,213 @@
+"""Kernels against their reference.
+
+What does each override in llmfound/kernels buy over the plain body in keras.ops, forward and backward, on its backend?
+"""
+
+import keras
+import numpy as np
+from harness import Experiment, System, main
+from keras import ops
+
+TEXT = """Milliseconds of the fastest call, forward and backward, compiled by XLA on JAX and as a graph on TensorFlow:
+`dropout` of {batch} x {dim} numbers; `token_cross_entropy` of {batch} x {vocabulary} logits, label smoothing 0.1;
+`dot_product_attention` of {sentences} sentences of {length} tokens, {heads} heads of 64; `adam_update` of the weights
+of {layers} layers of width {dim} and {vocabulary} embeddings; `write` of one token into a cache of {length} for
+{sentences} sentences, `top_k` the 8 largest of {batch} x {vocabulary} logits, `unfold` {length} steps of a recurrence,
+`compiled` a Transformer of one layer, all four forward alone; `fast_matmul` for ({batch}, {dim}) x ({dim}, {inner})."""
+FULL = dict(
+    batch=1024, dim=512, inner=2048, vocabulary=8000, sentences=32, length=64, heads=8, layers=12
+)  # fmt: skip
+SMOKE = dict(batch=16, dim=32, inner=64, vocabulary=100, sentences=2, length=8, heads=2, layers=1)
+SETTINGS = {"default_jit"}  # overrides that compute nothing
+
+
+def normal(*shape):
+    return ops.convert_to_tensor(np.random.default_rng(0).normal(size=shape).astype("float32"))
+
+
+def forward(function, *inputs):
+    """A function that computes function(*inputs), compiled."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        compiled = jax.jit(function)
+        return lambda: jax.block_until_ready(compiled(*inputs))
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        compiled = tf.function(function)
+        return lambda: compiled(*inputs).numpy()
+    import torch
+
+    return torch.no_grad()(lambda: function(*inputs))
+
+
+def forward_and_backward(function, *inputs, seed=None):
+    """A function that computes function(*inputs) and the gradient of every input, compiled."""
+    backend = keras.backend.backend()
+    direction = normal(*function(*inputs).shape)
+    if backend == "jax":
+        import jax
+
+        def run(state, *inputs):
+            with keras.StatelessScope([] if seed is None else [(seed.state, state)]):
+                output, backward = jax.vjp(function, *inputs)
+            return output, backward(direction)
+
+        state = None if seed is None else seed.state.value
+        compiled = jax.jit(run)
+        return lambda: jax.block_until_ready(compiled(state, *inputs))
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        @tf.function
+        def run(*inputs):
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                output = function(*inputs)
+            return output, tape.gradient(output, inputs, direction)
+
+        return lambda: run(*inputs)[0].numpy()
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def run():
+        function(*inputs).backward(direction)
+        for x in inputs:
+            x.grad = None
+
+    return run
+
+
+def dropout(kernel, sizes):
+    seed = keras.random.SeedGenerator(0)
+    return forward_and_backward(lambda x: kernel(x, 0.1, seed), normal(sizes["batch"], sizes["dim"]), seed=seed)
+
+
+def token_cross_entropy(kernel, sizes):
+    labels = ops.arange(sizes["batch"], dtype="int32") % sizes["vocabulary"]
+    logits = normal(sizes["batch"], sizes["vocabulary"])
+    return forward_and_backward(lambda logits: kernel(logits, labels, 0.1), logits)
+
+
+def dot_product_attention(kernel, sizes):
+    shape = sizes["sentences"], sizes["length"], sizes["heads"], 64
+    mask = ops.arange(sizes["length"])[None, None, None] < sizes["length"] - 2
+    return forward_and_backward(lambda q, k, v: kernel(q, k, v, mask), normal(*shape), normal(*shape), normal(*shape))
+
+
+def adam_update(kernel, sizes):
+    dim, inner = sizes["dim"], sizes["inner"]
+    layer = [(dim, dim)] * 4 + [(dim, inner), (inner, dim)] + [(dim,)] * 5 + [(inner,)]
+    shapes = [(sizes["vocabulary"], dim), *layer * sizes["layers"]]
+    gradients = [normal(*shape) for shape in shapes]
+    weights, momenta, velocities = ([keras.Variable(ops.zeros(shape)) for shape in shapes] for _ in range(3))
+    variables = weights + momenta + velocities
+
+    def update(step):
+        for variable, gradient, momentum, velocity in zip(weights, gradients, momenta, velocities):
+            kernel(variable, gradient, momentum, velocity, 1e-4, step, 0.9, 0.98, 1e-9)
+        return step
+
+    if keras.backend.backend() != "jax":
+        return forward(update, ops.convert_to_tensor(10.0))
+    import jax
+
+    @jax.jit
+    def run(values, step):
+        with keras.StatelessScope(zip(variables, values)) as scope:
+            update(step)
+        return [scope.get_current_value(variable) for variable in variables]
+
+    return lambda: jax.block_until_ready(run([variable.value for variable in variables], 10.0))
+
+
+def write(kernel, sizes):
+    shape = sizes["heads"], 64
+    cache, update = normal(sizes["sentences"], sizes["length"], *shape), normal(sizes["sentences"], 1, *shape)
+    return forward(lambda cache, update: kernel(cache, update, 3), cache, update)
+
+
+def top_k(kernel, sizes):
+    return forward(lambda logits: kernel(logits, 8)[0], normal(sizes["batch"], sizes["vocabulary"]))
+
+
+def unfold(kernel, sizes):
+    weights = normal(sizes["dim"], sizes["dim"]) / sizes["dim"] ** 0.5
+
+    def step(t, hidden):
+        hidden = ops.tanh(ops.matmul(hidden, weights))
+        return hidden, hidden[:, 0], False
+
+    record = ops.zeros((sizes["length"], sizes["sentences"]))
+    return forward(lambda hidden: kernel(step, hidden, record)[1], normal(sizes["sentences"], sizes["dim"]))
+
+
+def compiled(kernel, sizes):
+    from llmfound.models import Transformer
+
+    model = Transformer(sizes["vocabulary"], 1, sizes["dim"], sizes["heads"], sizes["inner"])
+    token_ids = np.full((sizes["sentences"], sizes["length"]), 4, "int32")
+    run = kernel(model, call_model)
+    return lambda: run({"source_ids": token_ids, "target_ids": token_ids})
+
+
+def call_model(model, inputs):
+    return model(inputs)
+
+
+def fast_matmul(kernel, sizes):
+    """Only torch overrides it; the setting is global, so it is put back after every call."""
+    import torch
+
+    product = forward_and_backward(
+        ops.matmul, normal(sizes["batch"], sizes["dim"]), normal(sizes["dim"], sizes["inner"])
+    )
+    kernel()
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+
+    def run():
+        torch.set_float32_matmul_precision(chosen)
+        product()
+        torch.set_float32_matmul_precision("highest")
+
+    return run
+
+
+CASES = [
+    dropout, token_cross_entropy, dot_product_attention, adam_update, write, top_k, unfold, compiled, fast_matmul
+]  # fmt: skip
+
+
+def build(sizes):
+    """{"name reference": call, "name override": call} for every override of this backend."""
+    from llmfound import kernels
+
+    cases = {case.__name__: case for case in CASES}
+    overrides = [name for name in kernels.native.__all__ if name not in SETTINGS]
+    unknown = set(overrides) - set(cases)
+    if unknown:
+        raise ValueError(f"overrides without a benchmark: {sorted(unknown)}; add them to CASES.")
+    bodies = {"reference": kernels.reference, "override": kernels.native}
+    return {
+        f"{name} {kind}": cases[name](getattr(body, name), sizes) for name in overrides for kind, body in bodies.items()
+    }
+
+
+def table(systems, results, sizes):
+    rows = ["| kernel | backend | reference | override | times as fast |", "|---|---|--:|--:|--:|"]
+    for system in systems:
+        fastest = {label: min(seconds) * 1e3 for label, seconds in results[system.name]["seconds"].items()}
+        for name in dict.fromkeys(label.split()[0] for label in fastest):
+            reference, override = fastest[f"{name} reference"], fastest[f"{name} override"]
+            ratio = reference / override
+            rows.append(f"| {name} | {system.backend} | {reference:.3f} | {override:.3f} | {ratio:.2f} |")
+    return "\n".join(rows)
+
+
+SYSTEMS = [System(backend, backend, build) for backend in ("jax", "tensorflow", "torch")]
+
+if __name__ == "__main__":
+    experiment = Experiment("Every override", TEXT.format(**FULL), FULL, SMOKE)
+    main(__file__, __doc__, SYSTEMS, [experiment], rounds=3, calls=20, table=table)

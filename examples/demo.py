@@ -1,0 +1,90 @@
+"""Trains a small Transformer to translate English into French, in minutes, and shows what it learned.
+
+    python examples/demo.py                             # on JAX
+    KERAS_BACKEND=torch python examples/demo.py         # the same on PyTorch, or =tensorflow
+
+160,000 sentence pairs from Tatoeba ship with the repository (examples/data). The model, its tokenizer and a picture of
+its attention are left in runs/demo-BACKEND; examples/translate.py uses them, on any backend.
+"""
+
+import argparse
+import os
+import pathlib
+import time
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import keras
+
+import llmfound
+
+HERE = pathlib.Path(__file__).parent
+
+
+def read(part):
+    return llmfound.data.read_pairs(HERE / "data" / f"eng-fra.{part}.tsv.xz")
+
+
+def train(pairs, minutes, seed):
+    """The model and its tokenizer after so many minutes."""
+    keras.utils.set_random_seed(seed)
+    tokenizer = llmfound.data.Tokenizer.train([text for pair in pairs for text in pair], vocab_size=4000)
+    batches = llmfound.data.TranslationBatches(pairs, tokenizer, batch_tokens=1200, max_length=48, seed=seed)
+    print(batches)
+    model = llmfound.models.Transformer(
+        tokenizer.vocab_size, num_layers=3, decoder_layers=2, hidden_dim=256, num_heads=4, intermediate_dim=1024,
+        dropout=0.1, norm="pre",
+    )  # fmt: skip
+    print(f"{model.count_params():,} parameters, {llmfound.kernels.fast_matmul()} matrix products")
+    model.compile(
+        llmfound.training.Adam(beta_2=0.98, epsilon=1e-9, global_clipnorm=1.0),
+        llmfound.training.SmoothedCrossEntropy(0.1),
+        metrics=[llmfound.training.Perplexity()],
+    )
+    budget = llmfound.training.TimeBudget(minutes, peak=2e-3, warmup_steps=300)
+    progress = llmfound.training.Progress(batches, budget)
+    model.fit(batches, epochs=1000, shuffle=False, verbose=0, callbacks=[budget, progress])
+    return model, tokenizer
+
+
+def translate(model, tokenizer, sources, beam_size):
+    start = time.perf_counter()
+    translations = llmfound.decoding.translate(model, tokenizer, sources, beam_size=beam_size)
+    return translations, time.perf_counter() - start
+
+
+def show(model, tokenizer, pairs, folder):
+    """Prints BLEU and examples, draws the attention of one sentence, and saves everything."""
+    sources, references = zip(*pairs)
+    greedy, seconds = translate(model, tokenizer, sources, beam_size=1)
+    print(f"\ngreedy  {llmfound.training.bleu(greedy, references)}   {len(pairs) / seconds:.0f} sentences/s")
+    beam, seconds = translate(model, tokenizer, sources, beam_size=4)
+    print(f"beam 4  {llmfound.training.bleu(beam, references)}   {len(pairs) / seconds:.0f} sentences/s\n")
+    step = len(pairs) // 12
+    for source, reference, short, wide in list(zip(sources, references, greedy, beam))[::step][:12]:
+        print(f"source     {source}\nreference  {reference}\ngreedy     {short}\nbeam 4     {wide}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder / "model.keras")
+    tokenizer.save(folder / "tokenizer.json")
+    draw(model, tokenizer, "I don't know what he wants to buy for his sister.", folder / "attention.png")
+    print(f"saved {', '.join(str(folder / name) for name in ('model.keras', 'tokenizer.json', 'attention.png'))}")
+
+
+def draw(model, tokenizer, sentence, path):
+    source = llmfound.data.pad([tokenizer.encode(sentence) + [tokenizer.end_id]], tokenizer.pad_id)
+    found = llmfound.decoding.beam_search(model, {"source_ids": source}, n_best=1, return_alignments=True)
+    length = int(found.lengths[0, 0])
+    target = found.token_ids[0, 0, :length]
+    weights = found.alignments[0, 0, :length]
+    llmfound.plots.alignment(weights, tokenizer.tokens(source[0]), tokenizer.tokens(target), path=path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="training time (default 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=pathlib.Path, default=None, help="where to save (default runs/demo-BACKEND)")
+    options = parser.parse_args()
+    model, tokenizer = train(read("train"), options.minutes, options.seed)
+    folder = options.folder or pathlib.Path("runs") / f"demo-{keras.backend.backend()}"
+    show(model, tokenizer, read("test"), folder)

@@ -1,0 +1,338 @@
+"""Batches of a few fixed shapes, in an order that is a function of seed and epoch alone."""
+
+import itertools
+import warnings
+from collections import namedtuple
+
+import keras
+import numpy as np
+
+_CHUNK = 20_000  # texts encoded at a time
+_GRID = 48  # lengths per side that the choice of shapes considers
+
+
+class _Rows(namedtuple("_Rows", "flat starts lengths")):
+    """Many sequences in one array: row i is flat[starts[i] : starts[i] + lengths[i]]."""
+
+    def at(self, indices):
+        return self._replace(starts=self.starts[indices], lengths=self.lengths[indices])
+
+
+class TranslationBatches(keras.utils.PyDataset):
+    """Sentence pairs as training batches, each in one of a handful of shapes, so that XLA compiles each of them once.
+
+    Source = pieces + [end]; target_ids = [start] + pieces; labels = pieces + [end]. A pair goes to the smallest
+    shape that holds both sides. Of all such shapes those with the fewest cells are taken. The last batch of a shape
+    is filled up with rows of padding. Source: batches of similar length and limited by tokens, Vaswani et al. 2017,
+    section 5.1; the paper's shapes vary, ours are fixed for the sake of compilers.
+
+    The order of an epoch depends on (seed, epoch) alone, if Keras leaves it alone: `fit(batches, shuffle=False)`. By
+    default `fit` shuffles the batches once more, with Python's `random`.
+
+    Args:
+        pairs: iterable of (source, target), both str.
+        source_tokenizer: Tokenizer, or any object with encode_batch, vocab_size, pad_id, start_id and end_id.
+        target_tokenizer: the same for the target; None takes the source's (a joint vocabulary).
+        batch_tokens: int, the most cells per side of a batch: rows * length, padding included.
+        batch_size: int. If given, every batch has exactly so many rows, and `batch_tokens` is not used.
+        max_length: int, the most ids of a side, start or end id included.
+        num_buckets: int, the most shapes.
+        shuffle: whether the order changes from epoch to epoch. False keeps the order of `pairs` within a shape.
+        seed: int, not negative.
+        drop_long: whether longer pairs are left out, with a warning. False raises.
+
+    Attributes:
+        shapes: list of (rows, source length, target length), smallest first.
+        tokens_per_epoch: int, labels of one pass, padding not counted.
+        padding: float, the share of cells, of both sides, that hold padding.
+        source_vocab_size, target_vocab_size: int.
+        skipped: int, pairs left out as too long.
+
+    Raises:
+        ValueError: if there is no pair, a pair is not two str, an argument is out of range, a tokenizer lacks a
+            special id or gives an id outside its vocabulary, or a pair is too long and `drop_long` is False.
+    """
+
+    def __init__(
+        self,
+        pairs,
+        source_tokenizer,
+        target_tokenizer=None,
+        batch_tokens=4096,
+        batch_size=None,
+        max_length=128,
+        num_buckets=4,
+        shuffle=True,
+        seed=0,
+        drop_long=True,
+    ):
+        super().__init__()
+        _check_integers(1, batch_tokens=batch_tokens, max_length=max_length, num_buckets=num_buckets)
+        _check_integers(1, batch_size=1 if batch_size is None else batch_size)
+        _check_integers(0, seed=seed)
+        target_tokenizer = source_tokenizer if target_tokenizer is None else target_tokenizer
+        sources, targets = _sides(pairs)
+        source = _encoded(sources, source_tokenizer, "source", ["end_id"])
+        target = _encoded(targets, target_tokenizer, "target", ["start_id", "end_id"])
+        target = target._replace(lengths=target.lengths - 1)  # of target_ids, and of the labels one place later
+        longest = np.maximum(source.lengths, target.lengths)
+        kept = _short_enough(longest, max_length, drop_long)
+        if batch_size is None and longest[kept].max() > batch_tokens:
+            raise ValueError(
+                f"batch_tokens ({batch_tokens}) does not hold the longest pair, of {longest[kept].max()} ids; "
+                "raise it to that or more, or lower max_length."
+            )
+        self._source, self._target = source.at(kept), target.at(kept)
+        self._pad_ids = source_tokenizer.pad_id, target_tokenizer.pad_id
+        self.source_vocab_size, self.target_vocab_size = source_tokenizer.vocab_size, target_tokenizer.vocab_size
+        self.skipped = len(longest) - len(kept)
+        self.tokens_per_epoch = int(self._target.lengths.sum())
+        self.shuffle, self.seed = shuffle, seed
+        self.shapes, self._members = self._buckets(num_buckets, _Budget(batch_tokens, batch_size))
+        self.epoch = 0
+        cells = sum(rows * (s + t) for rows, s, t in (self.shapes[bucket] for bucket, _ in self._batches))
+        self.padding = 1 - (int(self._source.lengths.sum()) + self.tokens_per_epoch) / cells
+
+    @property
+    def epoch(self):
+        """int, the number of the current pass, from 0; set it to resume."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch):
+        _check_integers(0, epoch=epoch)
+        self._epoch = epoch
+        self._asked = None
+        self._batches = self._order(epoch)
+
+    def __len__(self):
+        return len(self._batches)
+
+    def __getitem__(self, index):
+        """Batch `index` of the current epoch.
+
+        Returns:
+            {"source_ids": int32 (rows, source length), "target_ids": int32 (rows, target length)}, and the labels,
+            int32 (rows, target length).
+        """
+        bucket, members = self._batches[index]
+        rows, source_length, target_length = self.shapes[bucket]
+        asked = self._asked
+        if asked is not None:
+            asked[index] = True
+        source_pad, target_pad = self._pad_ids
+        source, target = self._source.at(members), self._target.at(members)
+        labels = target._replace(starts=target.starts + 1)
+        x = {
+            "source_ids": _padded(source, rows, source_length, source_pad),
+            "target_ids": _padded(target, rows, target_length, target_pad),
+        }
+        return x, _padded(labels, rows, target_length, target_pad)
+
+    def __iter__(self):
+        self.on_epoch_begin()
+        return super().__iter__()
+
+    def on_epoch_begin(self):
+        if self._asked is None:
+            self._asked = np.zeros(len(self), "bool")
+
+    def on_epoch_end(self):
+        """Goes on to the next epoch, if every batch of this one was asked for.
+
+        Keras calls this also before the first epoch, after a look at one batch, and, with `steps_per_epoch`, in the
+        middle of a pass; a new order there would repeat some pairs and lose others.
+        """
+        if self._asked is not None and self._asked.all():
+            self.epoch += 1
+
+    def __str__(self):
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.shapes)
+        return (
+            f"{len(self._source.starts):,} pairs ({self.skipped:,} longer ones left out), {len(self):,} batches of "
+            f"{len(self.shapes)} shapes (rows x source x target): {shapes}; {self.tokens_per_epoch:,} labels, "
+            f"{self.padding:.1%} padding"
+        )
+
+    def _buckets(self, num_buckets, budget):
+        """The shapes, and for each the pairs that it holds, int (pairs,)."""
+        lengths = np.stack([self._source.lengths, self._target.lengths], axis=1)
+        chain = np.array(_bucket_lengths(*lengths.T, num_buckets, budget))
+        bucket = (lengths[:, None] <= chain).all(axis=-1).argmax(axis=-1)  # the first that holds both sides
+        members = [np.flatnonzero(bucket == k) for k in range(len(chain))]
+        shapes = [(int(budget.rows(len(m), max(s, t))), s, t) for m, (s, t) in zip(members, chain.tolist())]
+        return shapes, members
+
+    def _order(self, epoch):
+        """list of (bucket, int (at most rows,) pairs), the batches of an epoch."""
+        generator = np.random.default_rng([self.seed, epoch])
+        batches = []
+        for bucket, members in enumerate(self._members):
+            members = generator.permutation(members) if self.shuffle else members
+            rows = self.shapes[bucket][0]
+            batches += [(bucket, members[i : i + rows]) for i in range(0, len(members), rows)]
+        if self.shuffle:
+            batches = [batches[i] for i in generator.permutation(len(batches))]
+        # On TensorFlow, Keras takes every length that the first two batches share for a fixed one.
+        for place, bucket in enumerate([0, len(self.shapes) - 1][: len(self.shapes)]):
+            found = next(i for i in range(place, len(batches)) if batches[i][0] == bucket)
+            batches[place], batches[found] = batches[found], batches[place]
+        return batches
+
+
+def pad(sequences, pad_id, multiple=1, length=None):
+    """Sequences of different lengths as one array.
+
+    Args:
+        sequences: list of lists, or 1-D arrays, of int.
+        pad_id: int, fills the rows on the right.
+        multiple: int, the length of the array is a multiple of it; few lengths mean few compiled programs.
+        length: int, exact length of the array; None takes that of the longest sequence, rounded up.
+
+    Returns:
+        int32 (len(sequences), length).
+
+    Raises:
+        ValueError: if there is no sequence, or one is longer than `length`.
+    """
+    _check_integers(1, multiple=multiple, length=1 if length is None else length)
+    if len(sequences) == 0:
+        raise ValueError("pad needs at least one sequence; got none.")
+    rows = _flattened(sequences)
+    longest = max(int(rows.lengths.max()), 1)
+    if length is not None and longest > length:
+        raise ValueError(f"Sequence {rows.lengths.argmax()} has {longest} ids, more than length={length}.")
+    return _padded(rows, len(sequences), length or -(-longest // multiple) * multiple, pad_id)
+
+
+class _Budget:
+    """How many rows a batch has, if a shape has `count` pairs of at most `length` ids."""
+
+    def __init__(self, batch_tokens, batch_size):
+        self.batch_tokens, self.batch_size = batch_tokens, batch_size
+
+    def batches(self, count, length):
+        most = self.batch_size or self.batch_tokens // length
+        return -(-count // most)
+
+    def rows(self, count, length):
+        """Equal shares: with all batches but the last full, the last would be mostly padding."""
+        return self.batch_size or -(-count // np.maximum(self.batches(count, length), 1))
+
+    def cells(self, count, source, target):
+        length = np.maximum(source, target)
+        return self.batches(count, length) * self.rows(count, length) * (source + target)
+
+
+def _bucket_lengths(source, target, num_buckets, budget):
+    """The lengths of the buckets: a chain, each bucket at least as long as the one before on both sides.
+
+    Of all chains the one with the fewest cells, rows of padding included. Let N(c) be the number of pairs that fit
+    into lengths c = (source, target). With k buckets, the last of them c,
+    best_1(c) = cells(N(c), c),  best_k(c) = min over p <= c of best_{k-1}(p) + cells(N(c) - N(p), c).
+
+    Args:
+        source: int (pairs,), lengths.
+        target: int (pairs,), lengths.
+        num_buckets: int, the most buckets.
+        budget: _Budget.
+
+    Returns:
+        list of (source length, target length), ascending; every bucket holds a pair.
+    """
+    source_grid, target_grid = _grid(source), _grid(target)
+    fitting = np.zeros((len(source_grid), len(target_grid)), "int64")
+    np.add.at(fitting, (np.searchsorted(source_grid, source), np.searchsorted(target_grid, target)), 1)
+    fitting = fitting.cumsum(axis=0).cumsum(axis=1)
+    best = budget.cells(fitting, source_grid[:, None], target_grid)
+    predecessors = []
+    for _ in range(num_buckets - 1):
+        cells, predecessor = np.empty_like(best), np.empty_like(best)
+        for i, j in np.ndindex(best.shape):
+            rest = fitting[i, j] - fitting[: i + 1, : j + 1]
+            options = best[: i + 1, : j + 1] + budget.cells(rest, source_grid[i], target_grid[j])
+            predecessor[i, j] = options.argmin()
+            cells[i, j] = options.flat[predecessor[i, j]]
+        best = cells
+        predecessors.append(predecessor)
+    i, j = len(source_grid) - 1, len(target_grid) - 1
+    chain = {(i, j)}
+    for predecessor in reversed(predecessors):
+        i, j = divmod(int(predecessor[i, j]), j + 1)
+        chain.add((i, j))
+    smallest = {fitting[cell]: cell for cell in sorted(chain, reverse=True)}  # of cells that hold the same pairs
+    return [(source_grid[i], target_grid[j]) for count, (i, j) in sorted(smallest.items()) if count]
+
+
+def _grid(lengths):
+    """The lengths that occur, or _GRID of them, at growing distances, where there are more."""
+    found = np.unique(lengths)
+    if len(found) <= _GRID:
+        return found
+    places = np.searchsorted(found, np.geomspace(found[0], found[-1], _GRID))
+    return found[np.unique(np.minimum(places, len(found) - 1))]
+
+
+def _sides(pairs):
+    """The sources and the targets of the pairs."""
+    pairs = list(pairs)
+    if not pairs:
+        raise ValueError("There are no pairs; pass a list of (source, target) with at least one.")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
+            raise ValueError(f"Every pair is (source, target), two str; pair {i} is {str(pair)[:80]}.")
+    return zip(*pairs)
+
+
+def _short_enough(lengths, max_length, drop_long):
+    """The indices of the pairs to keep, int (kept,)."""
+    kept = np.flatnonzero(lengths <= max_length)
+    if len(kept) == len(lengths):
+        return kept
+    report = f"{len(lengths) - len(kept)} of {len(lengths)} pairs have more than max_length={max_length} ids"
+    if not drop_long or not len(kept):
+        worst = lengths.argmax()
+        raise ValueError(
+            f"{report}; the longest is pair {worst} with {lengths[worst]}. Raise max_length"
+            f"{'' if drop_long else ', or leave them out with drop_long=True'}."
+        )
+    warnings.warn(f"{report} and are left out.", stacklevel=3)
+    return kept
+
+
+def _encoded(texts, tokenizer, side, specials):
+    """_Rows of the ids of the texts, those of the specials around them: start_id before, end_id after."""
+    missing = [name for name in ["pad_id", *specials] if getattr(tokenizer, name) is None]
+    if missing:
+        raise ValueError(f"The {side} tokenizer has no {', '.join(missing)}; name the piece when loading it.")
+    before = [tokenizer.start_id] if "start_id" in specials else []
+    after = [tokenizer.end_id]
+    chunks = (texts[i : i + _CHUNK] for i in range(0, len(texts), _CHUNK))
+    rows = _flattened([before + ids + after for chunk in chunks for ids in tokenizer.encode_batch(chunk)])
+    low, high = rows.flat.min(), rows.flat.max()
+    if low < 0 or high >= tokenizer.vocab_size:
+        raise ValueError(f"The {side} tokenizer gives ids {low} to {high}, outside 0 to {tokenizer.vocab_size - 1}.")
+    return rows
+
+
+def _flattened(sequences):
+    """_Rows of some sequences."""
+    lengths = np.fromiter(map(len, sequences), "int64", len(sequences))
+    flat = np.fromiter(itertools.chain.from_iterable(sequences), "int32", lengths.sum())
+    return _Rows(flat, np.cumsum(lengths) - lengths, lengths)
+
+
+def _padded(sequences, rows, length, pad_id):
+    """int32 (rows, length), the sequences (a _Rows) filled up on the right, and with rows of padding below."""
+    position = np.arange(length)
+    real = position < sequences.lengths[:, None]
+    ids = np.full((rows, length), pad_id, "int32")
+    ids[: len(real)][real] = sequences.flat[(sequences.starts[:, None] + position)[real]]
+    return ids
+
+
+def _check_integers(minimum, **arguments):
+    """Raises ValueError unless all arguments are int and at least the minimum."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
+            raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}.")

@@ -1,0 +1,257 @@
+"""Tokenizer: text to piece ids and back, on the `tokenizers` library; reads and writes its tokenizer.json."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from llmfound.data.text import read_lines
+
+SPECIAL_PIECES = ("[PAD]", "[START]", "[END]", "[UNK]")  # ids 0 to 3 of every tokenizer trained here
+
+# The names that published tokenizers use, the likelier first.
+_USUAL_NAMES = {
+    "pad": ("[PAD]", "<pad>", "<|pad|>", "<PAD>"),
+    "start": ("[START]", "<s>", "[BOS]", "<bos>", "<|startoftext|>", "[CLS]"),
+    "end": ("[END]", "</s>", "[EOS]", "<eos>", "<|endoftext|>", "[SEP]"),
+    "unk": ("[UNK]", "<unk>", "<|unk|>", "<UNK>"),
+}
+
+_ENGLISH_ENDING = r"['’](?i:[sdmt]|ll|ve|re)(?![\p{L}\p{M}])"
+_WORDS = "|".join(
+    (
+        _ENGLISH_ENDING,  # it|'s, don|'t
+        rf"[ \-]?[\p{{L}}\p{{M}}]+(?!{_ENGLISH_ENDING})['’](?=\p{{L}})",  # French elisions: l'|homme, qu'|il
+        r"[ \-]?[\p{L}\p{M}]+",  # a word with the space or hyphen before it: a|-t|-il
+        r" ?\p{N}",  # digits one by one
+        r" ?[^\s\p{L}\p{M}\p{N}]+",  # punctuation, with the space that French sets before ? and !
+        r"\s+(?!\S)",  # spaces, all but the one that belongs to the next word
+        r"\s+",
+    )
+)
+
+
+class Tokenizer:
+    """Cuts text into pieces of a fixed vocabulary and joins them again.
+
+    `encode` adds no special ids, and cuts a "[END]" that is written in a text like other text. Start and end are
+    added by the batches.
+
+    Args:
+        json_text: str, the content of a tokenizer.json of the `tokenizers` library.
+        pad: id or piece that fills short rows. None looks for the usual names ([PAD], <pad>, ...).
+        start: id or piece before a target sentence; None as above ([START], <s>, [CLS], ...).
+        end: id or piece after a sentence; None as above ([END], </s>, <|endoftext|>, [SEP], ...).
+        unk: id or piece for what the vocabulary lacks; None as above ([UNK], <unk>, ...).
+
+    Attributes:
+        vocab_size: int, the largest id + 1, which is the size an embedding needs even if ids have gaps.
+        pad_id, start_id, end_id, unk_id: int, or None if the vocabulary has no such piece.
+
+    Raises:
+        ValueError: if the text is no tokenizer.json, or a special piece that was asked for is not in it.
+    """
+
+    def __init__(self, json_text, pad=None, start=None, end=None, unk=None):
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"This is not a tokenizer.json: {error}; it begins with {str(json_text)[:40]!r}.") from error
+        self._json = json_text
+        self._tokenizer.no_padding()  # published files may carry both; rows are cut and filled by the batches
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # as ordinary text
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.pad_id = self._special_id("pad", pad)
+        self.start_id = self._special_id("start", start)
+        self.end_id = self._special_id("end", end)
+        self.unk_id = self._special_id("unk", unk)
+        self._special_ids = {self.pad_id, self.start_id, self.end_id, self.unk_id} - {None}
+        stages = json.loads(json_text)
+        byte_level = '"ByteLevel"' in json.dumps([stages.get("pre_tokenizer"), stages.get("decoder")])
+        self._byte_of = _byte_characters() if byte_level else None
+
+    @classmethod
+    def train(cls, texts, vocab_size, kind="bpe", lowercase=False, min_frequency=2):
+        """Learns a vocabulary from text.
+
+        bpe and unigram work on UTF-8 bytes, so any text can be encoded and decode(encode(text)) is text in NFC. bpe:
+        Sennrich, Haddow, Birch 2016, section 3.2; unigram: Kudo 2018, section 3.2; wordpiece: Schuster, Nakajima 2012,
+        section 3, in the form of BERT (words and punctuation apart, spaces not kept, unknown words become [UNK]).
+        bpe learns the same pieces every time; the library's other trainers break ties by chance, so keep the file.
+
+        Args:
+            texts: iterable of str, for translation usually the sentences of both languages.
+            vocab_size: int, at most so many pieces, the 4 special ones included. A small text may yield fewer.
+            kind: "bpe", "wordpiece" or "unigram".
+            lowercase: whether case is dropped.
+            min_frequency: int, how often a pair of pieces must occur to be merged (bpe and wordpiece).
+
+        Returns:
+            A Tokenizer with [PAD] 0, [START] 1, [END] 2, [UNK] 3.
+
+        Raises:
+            ValueError: if there is no text, `kind` is unknown, or `vocab_size` is too small for the alphabet.
+        """
+        texts = texts if isinstance(texts, str) else list(texts)
+        if isinstance(texts, str) or not any(texts) or not all(map(_is_text, texts)):
+            raise ValueError(f"texts must be an iterable of str, not all of them empty; got {_shortened(texts)}.")
+        tokenizer, trainer = _blank(kind, vocab_size, lowercase, min_frequency)
+        tokenizer.train_from_iterator(texts, trainer)
+        if tokenizer.get_vocab_size() > vocab_size:
+            raise ValueError(
+                f"vocab_size ({vocab_size}) is too small for the special pieces and the alphabet; "
+                f"use more than {tokenizer.get_vocab_size()}."
+            )
+        return cls(tokenizer.to_str(pretty=True))
+
+    @classmethod
+    def train_from_files(cls, paths, vocab_size, **options):
+        """The same from UTF-8 text files (plain, .gz or .xz), one sentence a line.
+
+        Args:
+            paths: iterable of paths.
+            vocab_size: int, as in `train`.
+            **options: the other arguments of `train`.
+        """
+        return cls.train((line for path in paths for line in read_lines(path)), vocab_size, **options)
+
+    @classmethod
+    def load(cls, path, pad=None, start=None, end=None, unk=None):
+        """Reads any tokenizer.json; the special pieces are those of the constructor."""
+        return cls(Path(path).read_text(encoding="utf-8"), pad, start, end, unk)
+
+    def save(self, path):
+        """Writes the tokenizer.json. Special pieces that were given by hand must be given again to `load`."""
+        Path(path).write_text(self._json, encoding="utf-8", newline="\n")
+
+    def to_json(self):
+        """The content of the tokenizer.json, str; `Tokenizer(json_text)` reads it back."""
+        return self._json
+
+    def encode(self, text):
+        """The ids of the pieces of one text, list of int, without start and end."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts):
+        """The ids of many texts, list of lists of int.
+
+        Raises:
+            ValueError: if something is not str, or holds half a surrogate pair, which no UTF-8 text can.
+        """
+        texts = texts if isinstance(texts, str) else list(texts)
+        if isinstance(texts, str) or not all(map(_is_text, texts)):
+            raise ValueError(f"texts must be an iterable of str without lone surrogates; got {_shortened(texts)}.")
+        return [row.ids for row in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        """The text of a sequence of ids, str; special ids are skipped wherever they stand."""
+        return self.decode_batch([ids])[0]
+
+    def decode_batch(self, rows):
+        """The texts of many sequences of ids (lists, or an int array (batch, length)), list of str.
+
+        Raises:
+            ValueError: if an id is outside the vocabulary.
+        """
+        kept = [[i for i in self._checked(ids) if i not in self._special_ids] for ids in rows]
+        return self._tokenizer.decode_batch(kept, skip_special_tokens=True)
+
+    def tokens(self, ids):
+        """The pieces as one reads them, list of str: "▁" marks a space, a byte of a cut character shows as \\xc3."""
+        return [self._readable(self._tokenizer.id_to_token(i)) for i in self._checked(ids)]
+
+    def _readable(self, piece):
+        if self._byte_of is None or piece is None or not all(c in self._byte_of for c in piece):
+            return str(piece)
+        return bytes(self._byte_of[c] for c in piece).decode("utf-8", "backslashreplace").replace(" ", "▁")
+
+    def _checked(self, ids):
+        array = np.asarray(ids)
+        if array.size == 0:
+            return []
+        if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= self.vocab_size:
+            raise ValueError(
+                f"ids must be a sequence of integers from 0 to {self.vocab_size - 1}; got shape {array.shape}, "
+                f"dtype {array.dtype}, {array.min()} to {array.max()}."
+            )
+        return array.tolist()
+
+    def _special_id(self, role, given):
+        if given is None:
+            ids = (self._tokenizer.token_to_id(name) for name in _USUAL_NAMES[role])
+            return next((i for i in ids if i is not None), None)
+        found = self._tokenizer.token_to_id(given) if isinstance(given, str) else int(given)
+        if found is None or not 0 <= found < self.vocab_size:
+            raise ValueError(f"{role} ({given!r}) is not in this vocabulary of {self.vocab_size} pieces.")
+        return found
+
+    def __reduce__(self):  # the library's own pickle forgets encode_special_tokens
+        return Tokenizer, (self._json, self.pad_id, self.start_id, self.end_id, self.unk_id)
+
+    def __repr__(self):
+        ids = ", ".join(f"{role}_id={getattr(self, role + '_id')}" for role in _USUAL_NAMES)
+        return f"Tokenizer(vocab_size={self.vocab_size}, {ids})"
+
+
+def _blank(kind, vocab_size, lowercase, min_frequency):
+    """An untrained tokenizers.Tokenizer and the trainer for it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    if kind not in ("bpe", "wordpiece", "unigram"):
+        raise ValueError(f'kind must be "bpe", "wordpiece" or "unigram"; got {kind!r}.')
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    minimum = len(SPECIAL_PIECES) + (1 if kind == "wordpiece" else len(alphabet))
+    if vocab_size <= minimum:
+        raise ValueError(f"vocab_size ({vocab_size}) must be more than {minimum} for kind {kind!r}.")
+    common = dict(vocab_size=vocab_size, special_tokens=list(SPECIAL_PIECES), show_progress=False)
+    clean = [normalizers.NFC()] + [normalizers.Lowercase()] * lowercase
+    if kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.Sequence(clean)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer, trainers.WordPieceTrainer(min_frequency=min_frequency, **common)
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        trainer = trainers.BpeTrainer(min_frequency=min_frequency, initial_alphabet=alphabet, **common)
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(unk_token="[UNK]", initial_alphabet=alphabet, **common)
+    # A space before the text, taken off again by the decoder: the first word has the pieces it has elsewhere.
+    tokenizer.normalizer = normalizers.Sequence([*clean, normalizers.Prepend(" ")])
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    return tokenizer, trainer
+
+
+def _byte_characters():
+    """The byte that each character of a byte-level piece stands for.
+
+    A printable byte is written as itself, the n-th of the others as the character 256 + n.
+    Source: Radford et al. 2019, section 2.2, and the authors' code.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _is_text(text):
+    """Whether this is a str that UTF-8 can hold: one without half a surrogate pair."""
+    try:
+        return isinstance(text, str) and text.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _shortened(texts):
+    """What an error message shows of bad texts: the one str, or the first item that is no text."""
+    if isinstance(texts, str):
+        return f"one str, {texts[:40]!r}"
+    bad = [(i, text) for i, text in enumerate(texts) if not _is_text(text)]
+    return f"{repr(bad[0][1])[:40]} as item {bad[0][0]}" if bad else f"{len(texts)} items, all empty"

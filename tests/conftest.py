@@ -1,0 +1,26 @@
+"""What all tests share: one thread, a fixed seed, a clean Keras session, and no TensorFlow on the other backends."""
+
+import os
+import sys
+
+for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+    os.environ.setdefault(name, "1")  # suites run side by side, and two threads on a shared core are slower than one
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras  # noqa: E402  reads the environment
+import pytest  # noqa: E402
+
+if keras.backend.backend() != "tensorflow":
+    sys.modules["tensorflow"] = None  # makes `import tensorflow` fail: nothing may need it on another backend
+if keras.backend.backend() == "torch":
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_session():
+    """Every test starts from seed 0 and leaves no names, policies or seeds behind."""
+    keras.utils.set_random_seed(0)
+    yield
+    keras.backend.clear_session(free_memory=False)

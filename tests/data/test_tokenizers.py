@@ -1,0 +1,210 @@
+import copy
+import json
+import pickle
+import unicodedata
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from llmfound.data import Tokenizer
+
+SPECIALS = ["[PAD]", "[START]", "[END]", "[UNK]"]
+TEXTS = [
+    "Where is the house ?",
+    "Où est la maison ?",
+    "I don't know the man's name.",
+    "L'homme qu'elle a vu n'est pas là.",
+    "Y a-t-il quelqu'un ici ?",
+    "C'est l'été, dit-il.",
+] * 5
+ANY_TEXT = st.text(st.characters(exclude_categories=("Cs", "Cn")))  # unassigned: Python's Unicode may be the older one
+KINDS = {kind: Tokenizer.train(TEXTS, size, kind) for kind, size in (("bpe", 400), ("unigram", 300), ("wordpiece", 90))}
+
+
+def examples(test):
+    hard = [
+        "",
+        " ",
+        "  two  ",
+        "\0",
+        "\n\t",
+        "👩‍👩‍👧 🇫🇷",
+        "e\u0301\u0323",
+        "\u0301",
+        "שלום עולם",
+        "x" * 3000,
+        "[PAD][END]",
+        "▁Ġ##",
+    ]
+    for text in hard:
+        test = example(text)(test)
+    return test
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@examples
+@given(text=ANY_TEXT)
+@settings(deadline=None)
+def test_any_text_survives_up_to_nfc(kind, text):
+    tokenizer = KINDS[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+    assert all(len(SPECIALS) <= i < tokenizer.vocab_size for i in ids)
+    assert len(tokenizer.tokens(ids)) == len(ids)
+
+
+@examples
+@given(text=ANY_TEXT)
+@settings(deadline=None)
+def test_wordpiece_takes_any_text(text):
+    tokenizer = KINDS["wordpiece"]
+    ids = tokenizer.encode(text)
+    assert all(tokenizer.unk_id <= i < tokenizer.vocab_size for i in ids)
+    tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_ids(kind):
+    tokenizer = KINDS[kind]
+    assert (tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id, tokenizer.unk_id) == (0, 1, 2, 3)
+    assert tokenizer.tokens([0, 1, 2, 3]) == SPECIALS
+    assert not {0, 1, 2} & set(tokenizer.encode("[PAD] [START] [END] [UNK]"))
+
+
+def test_pieces_respect_elisions_and_spaced_punctuation():
+    def words(text):  # a vocabulary of bytes alone cannot merge, so learn one that merges all it may
+        tokenizer = Tokenizer.train([text] * 2, 500)
+        return tokenizer.tokens(tokenizer.encode(text))
+
+    assert words("l'homme qu'il voit ?") == ["▁l'", "homme", "▁qu'", "il", "▁voit", "▁?"]
+    assert words("I don't, he's") == ["▁I", "▁don", "'t", ",", "▁he", "'s"]
+    assert words("a-t-il 42 ?!") == ["▁a", "-t", "-il", "▁4", "2", "▁?!"]
+
+
+def test_first_word_has_the_pieces_it_has_elsewhere():
+    tokenizer = KINDS["bpe"]
+    assert tokenizer.encode("house") == tokenizer.encode("the house")[-len(tokenizer.encode("house")) :]
+
+
+def test_decode_skips_specials_and_stops_nowhere():
+    tokenizer = KINDS["bpe"]
+    ids = tokenizer.encode("the house")
+    assert tokenizer.decode([1, *ids, 2, 0, *tokenizer.encode("name"), 0]) == "the house name"
+    rows = np.array([[1, *ids, 2], [1, *ids, 0]], "int32")
+    assert tokenizer.decode_batch(rows) == ["the house", "the house"]
+    assert tokenizer.decode([]) == ""
+
+
+def test_cut_character_is_readable():
+    tokenizer = KINDS["bpe"]
+    assert tokenizer.tokens(tokenizer.encode("日"))[-3:] == ["\\xe6", "\\x97", "\\xa5"]
+
+
+def test_training_twice_gives_the_same_file():
+    assert Tokenizer.train(TEXTS, 400).to_json() == KINDS["bpe"].to_json()
+
+
+def test_lowercase_drops_case():
+    tokenizer = Tokenizer.train(TEXTS, 400, lowercase=True)
+    assert tokenizer.decode(tokenizer.encode("Où EST ?")) == "où est ?"
+
+
+def test_min_frequency_leaves_rare_pairs_apart():
+    assert Tokenizer.train(["rare"], 400, min_frequency=2).vocab_size == 260
+    assert Tokenizer.train(["rare"], 400, min_frequency=1).vocab_size > 260
+
+
+def test_round_trip_through_file_string_pickle_and_copy(tmp_path):
+    tokenizer = KINDS["bpe"]
+    tokenizer.save(tmp_path / "tokenizer.json")
+    text = "L'été [END] où ?"
+    for again in (
+        Tokenizer.load(tmp_path / "tokenizer.json"),
+        Tokenizer(tokenizer.to_json()),
+        pickle.loads(pickle.dumps(tokenizer)),
+        copy.deepcopy(tokenizer),
+    ):
+        assert again.encode(text) == tokenizer.encode(text)
+        assert repr(again) == repr(tokenizer)
+        assert again.to_json() == tokenizer.to_json()
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("Où").ids == tokenizer.encode("Où")
+
+
+def test_training_from_files_is_training_from_their_lines(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    assert Tokenizer.train_from_files([path], 400).to_json() == KINDS["bpe"].to_json()
+
+
+def plain_tokenizer():
+    """As others publish them: own names and ids, a template that adds specials, padding and truncation switched on."""
+    vocab = {"<pad>": 1, "<s>": 0, "</s>": 2, "<unk>": 3, "the": 10, "house": 12}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=16)
+    tokenizer.enable_truncation(3)
+    return tokenizer
+
+
+def test_file_of_the_plain_library_loads(tmp_path):
+    plain_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id, tokenizer.unk_id) == (1, 0, 2, 3)
+    assert tokenizer.vocab_size == 13  # the largest id + 1: ids 4 to 9 and 11 are gaps
+    assert tokenizer.encode_batch(["the house the house", "the"]) == [[10, 12, 10, 12], [10]]
+    assert tokenizer.encode("the tree") == [10, 3]
+    tokenizer.save(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["padding"] is not None  # nothing of the file is lost
+
+
+def test_special_pieces_can_be_named():
+    text = plain_tokenizer().to_str()
+    tokenizer = Tokenizer(text, start="house", end=10)
+    assert (tokenizer.start_id, tokenizer.end_id) == (12, 10)
+    assert tokenizer.decode([12, 3, 10]) == ""
+    assert pickle.loads(pickle.dumps(tokenizer)).end_id == 10
+    with pytest.raises(ValueError, match=r"start \('<bos>'\) is not in this vocabulary of 13"):
+        Tokenizer(text, start="<bos>")
+    with pytest.raises(ValueError, match=r"pad \(13\)"):
+        Tokenizer(text, pad=13)
+
+
+def test_a_vocabulary_without_specials_says_none():
+    tokenizer = Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str())
+    assert (tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id, tokenizer.unk_id) == (None, None, None, None)
+
+
+def test_errors(tmp_path):
+    tokenizer = KINDS["bpe"]
+    with pytest.raises(ValueError, match=r"kind must be.*'char'"):
+        Tokenizer.train(TEXTS, 400, "char")
+    with pytest.raises(ValueError, match=r"vocab_size \(260\) must be more than 260"):
+        Tokenizer.train(TEXTS, 260)
+    with pytest.raises(ValueError, match=r"vocab_size \(9\) is too small"):
+        Tokenizer.train(TEXTS, 9, "wordpiece")
+    with pytest.raises(ValueError, match="0 items"):
+        Tokenizer.train([], 400)
+    with pytest.raises(ValueError, match="2 items, all empty"):
+        Tokenizer.train(["", ""], 400)
+    with pytest.raises(ValueError, match="one str, 'a text'"):
+        Tokenizer.train("a text", 400)
+    with pytest.raises(ValueError, match="5 as item 1"):
+        tokenizer.encode_batch(["a", 5])
+    with pytest.raises(ValueError, match="one str, 'abc'"):
+        tokenizer.encode_batch("abc")
+    with pytest.raises(ValueError, match=r"without lone surrogates; got '.ud800' as item 0"):
+        tokenizer.encode("\ud800")
+    for ids in ([-1], [tokenizer.vocab_size], [0.5], [[1]]):
+        with pytest.raises(ValueError, match=f"integers from 0 to {tokenizer.vocab_size - 1}; got"):
+            tokenizer.decode(ids)
+    with pytest.raises(ValueError, match=r"not a tokenizer.json.*'nonsense'"):
+        Tokenizer("nonsense")
+    with pytest.raises(FileNotFoundError, match=r"absent.json"):
+        Tokenizer.load(tmp_path / "absent.json")

@@ -1,0 +1,186 @@
+"""Perplexity and accuracy over batches of unequal size, and BLEU."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from llmfound.training import Perplexity, SmoothedCrossEntropy, TokenAccuracy, bleu
+
+
+def log_likelihoods(labels, logits):
+    logits = logits.astype("float64")
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+
+
+@pytest.fixture
+def batches():
+    """Two batches whose means differ and whose numbers of real tokens are 9 and 1."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 3, 5)).astype("float32")
+    labels = rng.integers(1, 5, (6, 3)).astype("int32")
+    labels[3:] = 0
+    labels[4, 1] = 2
+    logits[4, 1, 2] = -3
+    return [(labels[:3], logits[:3]), (labels[3:], logits[3:])]
+
+
+def result(metric):
+    return float(ops.convert_to_numpy(metric.result()))
+
+
+def pooled(batches, pad_id=0):
+    labels, logits = (np.concatenate(x) for x in zip(*batches))
+    return labels, logits, np.ones(labels.shape, bool) if pad_id is None else labels != pad_id
+
+
+@pytest.mark.parametrize("pad_id", [0, 3, None])
+def test_perplexity_over_unequal_batches_is_that_of_the_whole(batches, pad_id):
+    metric = Perplexity(pad_id)
+    for labels, logits in batches:
+        metric.update_state(labels, logits)
+    labels, logits, real = pooled(batches, pad_id)
+    expected = np.exp(-log_likelihoods(labels, logits)[real].mean())
+    np.testing.assert_allclose(result(metric), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pad_id", [0, 3, None])
+def test_accuracy_over_unequal_batches_is_that_of_the_whole(batches, pad_id):
+    metric = TokenAccuracy(pad_id)
+    for labels, logits in batches:
+        metric.update_state(labels, logits)
+    labels, logits, real = pooled(batches, pad_id)
+    np.testing.assert_allclose(result(metric), (logits.argmax(-1) == labels)[real].mean(), rtol=1e-6)
+
+
+def test_uniform_logits_have_the_perplexity_of_the_vocabulary():
+    metric = Perplexity()
+    metric.update_state(np.ones((2, 3), "int32"), np.zeros((2, 3, 11), "float32"))
+    np.testing.assert_allclose(result(metric), 11, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make, empty", [(Perplexity, 1.0), (TokenAccuracy, 0.0)])
+def test_without_a_token_and_after_a_reset(batches, make, empty):
+    metric = make()
+    assert result(metric) == empty
+    metric.update_state(*batches[0])
+    assert result(metric) != empty
+    metric.reset_state()
+    metric.update_state(np.zeros((3, 3), "int32"), batches[0][1])
+    assert result(metric) == empty
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 3)])
+def test_weights_are_counts(batches, shape):
+    labels, logits = batches[0]
+    weights = np.random.default_rng(1).integers(0, 3, shape).astype("float32")
+    metric = Perplexity()
+    metric.update_state(labels, logits, sample_weight=weights)
+    counts = np.broadcast_to(weights[:, None] if len(shape) == 1 else weights, labels.shape).astype(int)
+    expected = np.exp(-np.repeat(log_likelihoods(labels, logits).ravel(), counts.ravel()).mean())
+    np.testing.assert_allclose(result(metric), expected, rtol=1e-5)
+
+
+def test_right_in_fit_and_evaluate():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(1, 9, (10, 6)).astype("int32")
+    for row, length in zip(labels, [1, 6, 2, 6, 3, 6, 4, 6, 5, 0]):
+        row[length:] = 0
+    model = keras.Sequential(
+        [keras.Input((6,), dtype="int32"), keras.layers.Embedding(9, 8), keras.layers.Dense(9)]
+    )
+    model.compile(keras.optimizers.SGD(0.0), SmoothedCrossEntropy(), metrics=[Perplexity(), TokenAccuracy()])
+    history = model.fit(labels, labels, batch_size=4, verbose=0).history
+    logits, real = model.predict(labels, verbose=0), labels != 0
+    expected = {
+        "perplexity": np.exp(-log_likelihoods(labels, logits)[real].mean()),
+        "token_accuracy": (logits.argmax(-1) == labels)[real].mean(),
+    }
+    evaluated = model.evaluate(labels, labels, batch_size=4, verbose=0, return_dict=True)
+    for name, value in expected.items():
+        np.testing.assert_allclose([history[name][0], evaluated[name]], value, rtol=1e-5)
+
+
+def test_mask_of_keras_counts_as_padding(batches):
+    token_ids = np.array([[3, 4, 0], [1, 0, 0], [2, 2, 4]], "int32")
+    inputs = keras.Input((3,), dtype="int32")
+    model = keras.Model(inputs, keras.layers.Dense(5)(keras.layers.Embedding(5, 4, mask_zero=True)(inputs)))
+    model.compile("sgd", SmoothedCrossEntropy(), metrics=[Perplexity()])
+    labels = batches[0][0]
+    expected = np.exp(-log_likelihoods(labels, model.predict(token_ids, verbose=0))[token_ids != 0].mean())
+    evaluated = model.evaluate(token_ids, labels, verbose=0, return_dict=True)
+    np.testing.assert_allclose(evaluated["perplexity"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", [Perplexity(None, name="ppl"), TokenAccuracy(7)])
+def test_metric_survives_serialization(metric):
+    copy = keras.metrics.deserialize(keras.metrics.serialize(metric))
+    assert type(copy) is type(metric) and copy.get_config() == metric.get_config()
+    assert copy.pad_id == metric.pad_id
+
+
+def test_wrong_labels_are_named():
+    with pytest.raises(ValueError, match="integer.* got float32"):
+        Perplexity().update_state(np.ones((2, 3), "float32"), np.ones((2, 3, 4), "float32"))
+    with pytest.raises(ValueError, match=r"labels \(2, 2\)"):
+        TokenAccuracy().update_state(np.ones((2, 2), "int32"), np.ones((2, 3, 4), "float32"))
+
+
+HYPOTHESES = ["The cat sat on the mat.", "A dog barks at the moon tonight."]
+
+
+def test_bleu_of_the_references_is_100():
+    result = bleu(HYPOTHESES, HYPOTHESES)
+    np.testing.assert_allclose(result.score, 100)
+    assert result.interval is None
+    for part in ("nrefs:1", "case:mixed", "tok:13a", "version:"):
+        assert part in result.signature
+
+
+def test_bleu_by_hand():
+    """4-gram precisions 5/6, 3/5, 2/4, 1/3 and no brevity penalty."""
+    result = bleu(["a b c d x e"], ["a b c d e e"])
+    np.testing.assert_allclose(result.score, 100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25, rtol=1e-6)
+
+
+def test_bleu_takes_the_best_of_several_references():
+    worse = ["Cats on mats sit there.", "The moon is barked at."]
+    assert bleu(HYPOTHESES, list(zip(worse, HYPOTHESES))).score > bleu(HYPOTHESES, worse).score
+    assert "nrefs:2" in bleu(HYPOTHESES, list(zip(worse, HYPOTHESES))).signature
+
+
+def test_bleu_lowercase():
+    upper = [text.upper() for text in HYPOTHESES]
+    assert bleu(upper, HYPOTHESES).score < 50
+    np.testing.assert_allclose(bleu(upper, HYPOTHESES, lowercase=True).score, 100)
+
+
+def test_bleu_interval_holds_the_score():
+    references = ["The cat sat on a mat.", "A dog barks at the moon tonight."]
+    result = bleu(HYPOTHESES * 10, references * 10, bootstrap=200)
+    low, high = result.interval
+    assert low < result.score < high
+    assert result == bleu(HYPOTHESES * 10, references * 10, bootstrap=200)
+    assert f"[{low:.1f}, {high:.1f}]" in str(result)
+    assert bleu(["a"], ["b"], bootstrap=10).interval == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "hypotheses, references, match",
+    [
+        ([], [], "got 0 and 0"),
+        (["a"], ["a", "b"], "got 1 and 2"),
+        (["a", "b"], [["a"], ["b", "c"]], r"same number of references; got \[1, 2\]"),
+        (["a"], [[]], r"got \[0\]"),
+        (["a", 3], ["a", "b"], "entry 1"),
+    ],
+)
+def test_bleu_names_what_is_wrong(hypotheses, references, match):
+    with pytest.raises(ValueError, match=match):
+        bleu(hypotheses, references)
+
+
+def test_bleu_of_one_resample():
+    with pytest.raises(ValueError, match="got 1"):
+        bleu(["a"], ["a"], bootstrap=1)
