@@ -18,7 +18,6 @@ FULL = dict(
     batch=1024, dim=512, inner=2048, vocabulary=8000, sentences=32, length=64, heads=8, layers=12
 )  # fmt: skip
 SMOKE = dict(batch=16, dim=32, inner=64, vocabulary=100, sentences=2, length=8, heads=2, layers=1)
-SETTINGS = {"default_jit"}  # overrides that compute nothing
 
 
 def normal(*shape):
@@ -185,7 +184,7 @@ def build(sizes):
     from llmfound import kernels
 
     cases = {case.__name__: case for case in CASES}
-    overrides = [name for name in kernels.native.__all__ if name not in SETTINGS]
+    overrides = kernels.native.__all__
     unknown = set(overrides) - set(cases)
     if unknown:
         raise ValueError(f"overrides without a benchmark: {sorted(unknown)}; add them to CASES.")

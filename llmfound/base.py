@@ -44,6 +44,12 @@ class Layer(Configured, keras.layers.Layer):
         return None  # sublayers are built by the first call, not from a stored shape
 
 
+def lean(layer, *args, **kwargs):
+    """layer(*args) without Keras's bookkeeping, 0.1 ms a call, for decoding loops; the full call where it is needed."""
+    plain = layer.compute_dtype == layer.variable_dtype and layer.quantization_mode is None
+    return layer.call(*args, **kwargs) if plain else layer(*args, **kwargs)
+
+
 class _BuiltAfterInit(type(keras.Model)):
     def __call__(cls, *args, **kwargs):
         model = super().__call__(*args, **kwargs)  # the outermost __init__ has finished

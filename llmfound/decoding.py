@@ -265,7 +265,7 @@ def translate(model, tokenizer, sentences, target_tokenizer=None, beam_size=4, l
 
 def _greedy(model, rules, inputs):
     def choose(t, logits):
-        token_ids = ops.argmax(rules.allow(t, logits), axis=-1)
+        token_ids = kernels.top_k(rules.allow(t, logits), 1)[1][:, 0]  # ops.argmax is three times slower under XLA
         return token_ids, token_ids
 
     return _follow(model, rules, inputs, choose, "int32")
@@ -274,21 +274,37 @@ def _greedy(model, rules, inputs):
 def _sample(model, rules, top_k, has_top_p, inputs, temperature, top_p, noise):
     def choose(t, logits):
         logits, order = rules.allow(t, logits), None
-        if top_k is not None and top_k > logits.shape[-1]:
-            raise ValueError(f"top_k must be at most the vocabulary's {logits.shape[-1]}; got {top_k}.")
-        if top_k is not None or has_top_p:
-            logits, order = kernels.top_k(logits, top_k or logits.shape[-1])
+        if top_k is not None:
+            if top_k > logits.shape[-1]:
+                raise ValueError(f"top_k must be at most the vocabulary's {logits.shape[-1]}; got {top_k}.")
+            logits, order = kernels.top_k(logits, top_k)
         probs = ops.softmax((logits - ops.max(logits, axis=-1, keepdims=True)) / temperature, axis=-1)
-        mass = ops.cumsum(probs, axis=-1)
-        if has_top_p:  # a token stays unless those before it reach top_p
-            probs = ops.where(mass - probs < top_p, probs, 0.0)
-        mass = ops.where(probs > 0, mass, 0.0)
+        kept = probs > 0
+        if has_top_p:
+            kept = ops.logical_and(kept, probs >= _nucleus_threshold(probs, top_p))
+        mass = ops.where(kept, ops.cumsum(ops.where(kept, probs, 0.0), axis=-1), 0.0)
         reached = mass > noise[t][:, None] * ops.max(mass, axis=-1, keepdims=True)
-        index = ops.argmax(ops.cast(reached, "int32"), axis=-1)
+        index = ops.argmax(ops.cast(reached, "int32"), axis=-1)  # the first
         token_ids = index if order is None else ops.take_along_axis(order, index[:, None], axis=-1)[:, 0]
         return token_ids, token_ids
 
     return _follow(model, rules, inputs, choose, "int32")
+
+
+def _nucleus_threshold(probs, top_p):
+    """The largest probability such that the tokens at or above it reach top_p together, float32 (batch, 1).
+
+    Found by bisection: 30 sums over the vocabulary take a small part of the time of one sort of it.
+    """
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        reached = ops.sum(ops.where(probs >= middle, probs, 0.0), axis=-1, keepdims=True) >= top_p
+        return ops.where(reached, middle, low), ops.where(reached, high, middle)
+
+    high = ops.max(probs, axis=-1, keepdims=True)
+    return ops.fori_loop(0, 30, halve, (ops.zeros_like(high), high))[0]
 
 
 def _score(model, rules, inputs, target_ids):

@@ -58,7 +58,9 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"This is not a tokenizer.json: {error}; it begins with {str(json_text)[:40]!r}.") from error
+            raise ValueError(
+                f"This is not a tokenizer.json: {error}; it begins with {str(json_text)[:40]!r}."
+            ) from error
         self._json = json_text
         self._tokenizer.no_padding()  # published files may carry both; rows are cut and filled by the batches
         self._tokenizer.no_truncation()

@@ -39,7 +39,7 @@ def masked_softmax(scores, mask=None):
 
 def attention_weights(query, key, mask=None, bias=None):
     """Weights softmax(q k^T / sqrt(d_k) + bias), float32 (batch, heads, queries, keys)."""
-    scores = ops.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
+    scores = ops.matmul(query * query.shape[-1] ** -0.5, ops.swapaxes(key, -1, -2))
     return masked_softmax(scores if bias is None else ops.cast(scores, "float32") + bias, mask)
 
 
@@ -47,17 +47,17 @@ def dot_product_attention(query, key, value, mask=None, bias=None):
     """softmax(q k^T / sqrt(d_k) + bias) v for each head. Source: Vaswani et al. 2017, section 3.2.1, equation 1.
 
     Args:
-        query: float (batch, queries, heads, d_k).
-        key: float (batch, keys, heads, d_k).
-        value: float (batch, keys, heads, d_v).
+        query: float (batch, heads, queries, d_k).
+        key: float (batch, heads, keys, d_k).
+        value: float (batch, heads, keys, d_v).
         mask: bool, broadcastable to (batch, heads, queries, keys), True where a query may look.
         bias: float, broadcastable likewise, added to the scaled scores.
 
     Returns:
-        float (batch, queries, heads, d_v), in the dtype of `value`.
+        float (batch, heads, queries, d_v), in the dtype of `value`.
     """
     weights = attention_weights(query, key, mask, bias)
-    return ops.einsum("bhqk,bkhd->bqhd", ops.cast(weights, value.dtype), value)
+    return ops.matmul(ops.cast(weights, value.dtype), value)
 
 
 def dropout(x, rate, seed):
@@ -111,14 +111,14 @@ def adam_update(variable, gradient, momentum, velocity, learning_rate, step, bet
 
 
 def write(cache, update, position):
-    """The cache with `update` at `position` of axis 1; an override may do it in place.
+    """The cache with `update` at `position` of the axis of time; an override may do it in place.
 
     Args:
-        cache: float (rows, max_length, ...).
-        update: float (rows, 1, ...).
+        cache: float (rows, heads, max_length, dim).
+        update: float (rows, heads, 1, dim).
         position: int.
     """
-    start = [0, position] + [0] * (len(cache.shape) - 2)
+    start = [0, 0, position, 0]
     return ops.slice_update(cache, start, ops.cast(update, cache.dtype))
 
 
@@ -129,3 +129,54 @@ def fast_matmul():
         str, what was chosen.
     """
     return "default"
+
+
+def compiled(model, function, *static):
+    """A program of `function(model, *static, *arrays)`, compiled once per model, function, static arguments and shapes.
+
+    Args:
+        model: the object whose `variables` the function reads.
+        function: a function of this module's kind, in keras.ops.
+        static: hashable arguments that the program is made for.
+
+    Returns:
+        Callable of nests of NumPy arrays that returns a nest of NumPy arrays.
+    """
+
+    def call(*arrays):
+        arrays = keras.tree.map_structure(ops.convert_to_tensor, arrays)
+        return keras.tree.map_structure(ops.convert_to_numpy, function(model, *static, *arrays))
+
+    return call
+
+
+def unfold(step, carry, record):
+    """Calls `carry, row, stop = step(t, carry)` for t = 0, 1, ... and writes each row at place t of the record.
+
+    Args:
+        step: function of int t and the carry; `stop` is a bool scalar.
+        carry: nest of tensors, of the same shapes in and out.
+        record: nest of tensors (length, ...), the structure of `row`; the loop ends when it is full, or at `stop`.
+
+    Returns:
+        The last carry, the record, and the number of rows written.
+    """
+    length = keras.tree.flatten(record)[0].shape[0]
+
+    def more(t, carry, record, stop):
+        return ops.logical_and(t < length, ops.logical_not(stop))
+
+    def body(t, carry, record, stop):
+        carry, row, stop = step(t, carry)
+        put = lambda rows, values: ops.slice_update(rows, [t] + [0] * (len(rows.shape) - 1), values[None])  # noqa: E731
+        return t + 1, carry, keras.tree.map_structure(put, record, row), stop
+
+    start = ops.convert_to_tensor(0, "int32"), carry, record, ops.convert_to_tensor(False)
+    t, carry, record, _ = ops.while_loop(more, body, start)
+    return carry, record, t
+
+
+def top_k(x, k):
+    """The k greatest values along the last axis and their places, int32; of equal values the first comes first."""
+    values, indices = ops.top_k(x, k)
+    return values, ops.cast(indices, "int32")

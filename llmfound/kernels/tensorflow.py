@@ -29,3 +29,25 @@ def adam_update(variable, gradient, momentum, velocity, learning_rate, step, bet
         beta2_power=tf.cast(tf.pow(beta_2, step), dtype), lr=tf.cast(learning_rate, dtype), beta1=beta_1,
         beta2=beta_2, epsilon=epsilon, grad=tf.cast(tf.convert_to_tensor(gradient), dtype),
     )  # fmt: skip
+
+
+def compiled(model, function, *static):
+    """A graph for the shapes of the arrays, which reads the variables as they are; see `reference.compiled`."""
+    programs = _programs.setdefault(model, {})
+
+    def call(*arrays):
+        shapes = tuple((x.shape, x.dtype) for x in keras.tree.flatten(arrays))
+        key = function, static, shapes  # one tf.function each: it takes many shapes for a mistake and warns
+        if key not in programs:
+            programs[key] = _program(weakref.ref(model), function, static)
+        return keras.tree.map_structure(np.asarray, programs[key](*arrays))
+
+    return call
+
+
+def _program(model, function, static):
+    @tf.function(autograph=False, jit_compile=default_jit() == "auto")
+    def program(*arrays):
+        return function(model(), *static, *arrays)
+
+    return program

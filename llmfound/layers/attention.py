@@ -3,7 +3,7 @@
 from keras import layers, ops
 
 from llmfound import kernels
-from llmfound.base import Layer
+from llmfound.base import Layer, lean
 from llmfound.layers.dropout import Dropout
 from llmfound.ops import attention_mask, masked_softmax
 
@@ -110,15 +110,15 @@ class MultiHeadAttention(Layer):
         self.supports_masking = True
 
     def split(self, x):
-        """(batch, length, heads * head_dim) to (batch, length, heads, head_dim)."""
-        return ops.reshape(x, (-1, *ops.shape(x)[1:2], self.num_heads, self.head_dim))
+        """(batch, length, heads * head_dim) to (batch, heads, length, head_dim)."""
+        return ops.swapaxes(ops.reshape(x, (-1, ops.shape(x)[1], self.num_heads, self.head_dim)), 1, 2)
 
     def project(self, memory):
-        """Keys and values of a memory, each (batch, length, heads, head_dim); a decoder computes them once."""
+        """Keys and values of a memory, each (batch, heads, length, head_dim); a decoder computes them once."""
         return self.split(self.key(memory)), self.split(self.value(memory))
 
     def attend(self, query, key, value, mask=None, bias=None, training=None):
-        """What the heads read, (batch, queries, heads, head_dim): the method that papers change.
+        """What the heads read, (batch, heads, queries, head_dim): the method that papers change.
 
         `mask` is bool, broadcastable to (batch, heads, queries, length), causality already in it.
         """
@@ -131,13 +131,14 @@ class MultiHeadAttention(Layer):
         return kernels.attention_weights(query, key, mask, bias)
 
     def read(self, weights, value, training=None):
-        """Values averaged by the weights, after dropout of weights: (batch, queries, heads, head_dim)."""
+        """Values averaged by the weights, after dropout of weights: (batch, heads, queries, head_dim)."""
         weights = self.dropout(ops.cast(weights, value.dtype), training=training)
-        return ops.einsum("bhqk,bkhd->bqhd", weights, value)
+        return ops.matmul(weights, value)
 
     def join(self, heads):
         """The output projection of the concatenated heads, (batch, queries, hidden_dim)."""
-        return self.merge(ops.reshape(heads, (-1, *ops.shape(heads)[1:2], self.num_heads * self.head_dim)))
+        heads = ops.swapaxes(heads, 1, 2)
+        return self.merge(ops.reshape(heads, (-1, ops.shape(heads)[1], self.num_heads * self.head_dim)))
 
     def call(self, query, memory, mask=None, bias=None, return_weights=False, training=None):
         _check_rank(query=query, memory=memory)
@@ -156,9 +157,13 @@ class MultiHeadAttention(Layer):
         """
         key, value = memory
         beams = query.shape[0] // key.shape[0]
-        query = ops.reshape(self.query(query), (key.shape[0], beams, self.num_heads, self.head_dim))
+        query = self.split(ops.reshape(lean(self.query, query), (key.shape[0], beams, -1)))
         heads = self.attend(query, key, value, attention_mask(mask))
-        return self.join(ops.reshape(heads, (-1, 1, self.num_heads, self.head_dim)))
+        return self.rejoin(heads)
+
+    def rejoin(self, heads):
+        """`join` for decoding: (rows, 1, hidden_dim), whether the rows of a sentence stand in one axis or in two."""
+        return lean(self.merge, ops.reshape(ops.swapaxes(heads, 1, 2), (-1, 1, self.num_heads * self.head_dim)))
 
 
 class MultiHeadSelfAttention(MultiHeadAttention):
@@ -182,15 +187,16 @@ class MultiHeadSelfAttention(MultiHeadAttention):
     def step(self, x, cache, position):
         """For decoding: one new position, (rows, 1, dim), looks at itself and those before it.
 
-        `cache` is a pair of float (rows, max_length, heads, head_dim), filled below `position`; it is used up.
+        `cache` is a pair of float (rows, heads, max_length, head_dim), filled below `position`; it is used up.
         Returns float (rows, 1, hidden_dim) and the new cache.
         """
-        cache = [kernels.write(old, new, position) for old, new in zip(cache, self.project(x))]
+        query, key, value = (self.split(lean(dense, x)) for dense in (self.query, self.key, self.value))
+        cache = [kernels.write(old, new, position) for old, new in zip(cache, (key, value))]
         if isinstance(position, int):  # a plain Python loop: only the filled part
-            (key, value), mask = (c[:, : position + 1] for c in cache), None
+            (key, value), mask = [c[:, :, : position + 1] for c in cache], None
         else:  # a compiled loop: fixed shapes
-            (key, value), mask = cache, (ops.arange(cache[0].shape[1]) <= position)[None, None, None]
-        return self.join(self.attend(self.split(self.query(x)), key, value, mask)), cache
+            (key, value), mask = cache, (ops.arange(cache[0].shape[2]) <= position)[None, None, None]
+        return self.rejoin(self.attend(query, key, value, mask)), cache
 
 
 def _check_rank(**tensors):

@@ -1,8 +1,10 @@
 """Transformer layers: self-attention, optional cross-attention, feed-forward, with Pre-LN or Post-LN residuals."""
 
+import functools
+
 from keras import layers, ops
 
-from llmfound.base import Layer
+from llmfound.base import Layer, lean
 from llmfound.layers.attention import MultiHeadAttention, MultiHeadSelfAttention
 from llmfound.layers.dropout import Dropout
 from llmfound.layers.feedforward import FeedForward
@@ -74,6 +76,10 @@ class TransformerBlock(Layer):
         """One sub-layer with its residual connection."""
         raise NotImplementedError(f"{type(self).__name__} must say where its norm stands: override residual().")
 
+    def drop(self, x, training=None):
+        """A sub-layer's output, some of it dropped in training."""
+        return self.dropout(x, training=training) if training else x
+
     def call(self, x, memory=None, mask=None, memory_mask=None, bias=None, return_weights=False, training=None):
         self._check_memory(memory)
         weights = {}
@@ -98,8 +104,8 @@ class TransformerBlock(Layer):
         return (x, weights) if return_weights else x
 
     def start(self, rows, max_length):
-        """An empty cache of keys and values for `step`: two floats (rows, max_length, heads, head_dim)."""
-        shape = (rows, max_length, self.attention.num_heads, self.attention.head_dim)
+        """An empty cache of keys and values for `step`: two floats (rows, heads, max_length, head_dim)."""
+        shape = (rows, self.attention.num_heads, max_length, self.attention.head_dim)
         return [ops.zeros(shape, self.compute_dtype) for _ in range(2)]
 
     def step(self, x, cache, position, memory=None, memory_mask=None):
@@ -109,7 +115,7 @@ class TransformerBlock(Layer):
             x: float (rows, 1, hidden_dim).
             cache: from `start` or the step before; it is used up.
             position: int, from 0.
-            memory: `self.cross_attention.project(memory)`, (batch, memory_length, heads, head_dim) each; rows is a
+            memory: `self.cross_attention.project(memory)`, (batch, heads, memory_length, head_dim) each; rows is a
                 multiple of batch, and the rows of one sentence stand together.
             memory_mask: bool (batch, memory_length).
 
@@ -122,12 +128,14 @@ class TransformerBlock(Layer):
             y, cache = self.attention.step(y, cache, position)
             return y
 
-        x = self.residual(x, self.attention_norm, self_attention)
+        attention_norm, cross_attention_norm, feedforward_norm, feedforward = (
+            part and functools.partial(lean, part)
+            for part in (self.attention_norm, self.cross_attention_norm, self.feedforward_norm, self.feedforward)
+        )
+        x = self.residual(x, attention_norm, self_attention)
         if memory is not None:
-            x = self.residual(
-                x, self.cross_attention_norm, lambda y: self.cross_attention.step(y, memory, memory_mask)
-            )
-        return self.residual(x, self.feedforward_norm, self.feedforward), cache
+            x = self.residual(x, cross_attention_norm, lambda y: self.cross_attention.step(y, memory, memory_mask))
+        return self.residual(x, feedforward_norm, feedforward), cache
 
     def _check_memory(self, memory):
         if (memory is None) != (self.cross_attention is None):
@@ -144,7 +152,7 @@ class PostLNBlock(TransformerBlock):
     """
 
     def residual(self, x, norm, sublayer, training=None):
-        return norm(x + self.dropout(sublayer(x), training=training))
+        return norm(x + self.drop(sublayer(x), training))
 
 
 class PreLNBlock(TransformerBlock):
@@ -157,4 +165,4 @@ class PreLNBlock(TransformerBlock):
     final_norm = True
 
     def residual(self, x, norm, sublayer, training=None):
-        return x + self.dropout(sublayer(norm(x)), training=training)
+        return x + self.drop(sublayer(norm(x)), training)

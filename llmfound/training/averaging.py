@@ -151,7 +151,7 @@ class LastCheckpoints(keras.callbacks.Callback):
         super().__init__()
         if keep < 1:
             raise ValueError(f"keep must be at least 1; got {keep}.")
-        if (steps is None) == (minutes is None) or (steps or minutes) <= 0:
+        if (steps is None) == (minutes is None) or (minutes if steps is None else steps) <= 0:
             raise ValueError(f"exactly one of steps and minutes must be given, positive; got {steps} and {minutes}.")
         self.folder = Path(folder)
         self.keep = keep

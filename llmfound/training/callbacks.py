@@ -25,7 +25,7 @@ class Progress(keras.callbacks.Callback):
 
     On a terminal it is a bar; elsewhere (a file, a pipe, a notebook) a plain line now and then. Both write a line at
     the end of each epoch. Speed is that of the last 100 steps, without compilation and validation. Keras hands
-    over the values of a step on a thread of its own where the framework allows it (JAX, TensorFlow), so that the
+    over the values of a step on a thread of its own where it deems that safe (JAX and PyTorch), so that the
     next step does not wait for them.
 
     Args:

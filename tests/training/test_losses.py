@@ -70,10 +70,11 @@ def test_minimum_is_the_entropy_of_the_labels(classes, form, minimum):
     perfect = np.log(target)[None, None].astype("float32")
     loss = SmoothedCrossEntropy(0.1, form=form)
     subtracted = minimum if form == "tensor2tensor" else 0.0
-    np.testing.assert_allclose(value(loss, [[3]], perfect) + subtracted, minimum, rtol=2e-6)
-    np.testing.assert_allclose(
-        value(loss, [[3]], np.zeros((1, 1, classes))) + subtracted, np.log(classes), rtol=1e-6
-    )
+    # float32 sums of 37000 equal terms; torch adds them up one after the other
+    rtol = 2e-6 if classes < 1000 else 1e-4 if keras.backend.backend() == "torch" else 1e-5
+    np.testing.assert_allclose(value(loss, [[3]], perfect) + subtracted, minimum, rtol=rtol)
+    uniform = np.zeros((1, 1, classes))
+    np.testing.assert_allclose(value(loss, [[3]], uniform) + subtracted, np.log(classes), rtol=rtol)
 
 
 @pytest.mark.parametrize("form", ["uniform", "tensor2tensor"])

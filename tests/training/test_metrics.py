@@ -87,9 +87,7 @@ def test_right_in_fit_and_evaluate():
     labels = rng.integers(1, 9, (10, 6)).astype("int32")
     for row, length in zip(labels, [1, 6, 2, 6, 3, 6, 4, 6, 5, 0]):
         row[length:] = 0
-    model = keras.Sequential(
-        [keras.Input((6,), dtype="int32"), keras.layers.Embedding(9, 8), keras.layers.Dense(9)]
-    )
+    model = keras.Sequential([keras.Input((6,), dtype="int32"), keras.layers.Embedding(9, 8), keras.layers.Dense(9)])
     model.compile(keras.optimizers.SGD(0.0), SmoothedCrossEntropy(), metrics=[Perplexity(), TokenAccuracy()])
     history = model.fit(labels, labels, batch_size=4, verbose=0).history
     logits, real = model.predict(labels, verbose=0), labels != 0
@@ -121,7 +119,7 @@ def test_metric_survives_serialization(metric):
 
 
 def test_wrong_labels_are_named():
-    with pytest.raises(ValueError, match="integer.* got float32"):
+    with pytest.raises(ValueError, match=r"integer.* got float32"):
         Perplexity().update_state(np.ones((2, 3), "float32"), np.ones((2, 3, 4), "float32"))
     with pytest.raises(ValueError, match=r"labels \(2, 2\)"):
         TokenAccuracy().update_state(np.ones((2, 2), "int32"), np.ones((2, 3, 4), "float32"))

@@ -83,6 +83,7 @@ def test_optimizer_steps_by_the_schedule(schedule):
 def test_schedule_survives_saving(schedule, tmp_path):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile(keras.optimizers.Adam(schedule), "mse")
+    model.optimizer.build(model.trainable_variables)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras").optimizer.get_config()["learning_rate"]
     assert loaded["registered_name"] == f"llmfound>{type(schedule).__name__}"

@@ -1,0 +1,509 @@
+"""Kernels: every body, plain or native, equals the definition in NumPy, in value and gradient."""
+
+import inspect
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from llmfound import kernels
+from llmfound.kernels import reference
+from llmfound.testing import assert_close, fixture
+
+
+def numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def bodies(name):
+    """The plain body and, if there is one, the native one in force."""
+    return list(dict.fromkeys([getattr(reference, name), getattr(kernels, name)]))
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+# Gradients without a framework
+
+
+class Expose(keras.optimizers.SGD):
+    """Replaces each weight by its gradient: the one way to it that every backend has."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign(variable, gradient)
+
+
+class Probe(keras.Model):
+    """function(*weights); its loss is the sum of the output's elements, each times its own factor."""
+
+    def __init__(self, function, values):
+        super().__init__()
+        self.function = function
+        self.arguments = [self.add_weight(shape=v.shape, name=f"x{i}") for i, v in enumerate(values)]
+        self.set_weights(values)
+
+    def call(self, _):
+        return self.function(*[ops.convert_to_tensor(x) for x in self.arguments])
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return ops.sum(ops.multiply(ops.cast(y_pred, "float32"), factors(y_pred.shape)))
+
+
+def factors(shape):
+    return fixture("factors", tuple(shape)).astype("float32")
+
+
+def gradients(function, *values):
+    model = Probe(function, values)
+    model.compile(Expose(1.0))
+    model.train_on_batch(np.zeros((1, 1), "float32"))
+    return model.get_weights()
+
+
+def numeric_gradients(function, *values, step=1e-5):
+    """Central differences of a NumPy function, in float64."""
+    values = [v.astype("float64") for v in values]
+    found = []
+    for value in values:
+        gradient = np.zeros_like(value)
+        for index in np.ndindex(*value.shape):
+            sums = []
+            for sign in (1, -1):
+                kept, value[index] = value[index], value[index] + sign * step
+                output = function(*values)
+                sums.append((output * fixture("factors", output.shape)).sum())
+                value[index] = kept
+            gradient[index] = (sums[0] - sums[1]) / (2 * step)
+        found.append(gradient)
+    return found
+
+
+def assert_equals_numpy(name, definition, *values, call=lambda body: body, value_tolerance=1e-6):
+    """Holds every body of a kernel, called as `call` says, against its definition in NumPy."""
+    expected = numeric_gradients(definition, *values)
+    for body in bodies(name):
+        what = f"{body.__module__}.{name}"
+        actual = call(body)(*[ops.convert_to_tensor(v) for v in values])
+        assert_close(actual, definition(*values), value_tolerance, what)
+        assert_close(gradients(call(body), *values), expected, 1e-5, f"gradient of {what}")
+
+
+# The choice of bodies
+
+
+@pytest.mark.parametrize("name", kernels.native.__all__)
+def test_every_override_has_a_test_here(name):
+    source = pathlib.Path(__file__).read_text()
+    assert f'"{name}"' in source or f"kernels.{name}(" in source
+
+
+@pytest.mark.parametrize("name", kernels.native.__all__)
+def test_an_override_takes_the_arguments_of_its_reference(name):
+    assert inspect.signature(getattr(kernels.native, name)) == inspect.signature(getattr(reference, name))
+
+
+@pytest.mark.parametrize("name", reference.__all__)
+def test_the_override_is_in_force(name):
+    native = name in kernels.native.__all__
+    assert getattr(kernels, name) is getattr(kernels.native if native else reference, name)
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_environment_switches_all_overrides_off():
+    code = """
+from llmfound import kernels
+from llmfound.kernels import reference
+print([name for name in reference.__all__ if getattr(kernels, name) is not getattr(reference, name)])
+"""
+    result = python(code, LLMFOUND_KERNELS="reference")
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_a_backend_without_kernels_is_refused():
+    result = python("import llmfound", KERAS_BACKEND="numpy")
+    message = "ValueError: llmfound runs on jax, tensorflow, torch; got KERAS_BACKEND='numpy'."
+    assert result.returncode == 1 and result.stderr.strip().endswith(message), result.stderr
+
+
+# Softmax and attention
+
+
+def softmax(scores):
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def masked(scores, mask):
+    return scores if mask is None else np.where(mask, scores, -1e30)
+
+
+MASKS = {
+    "none": None,
+    "padding": np.array([[1, 1, 0, 0], [0, 1, 1, 1]], bool)[:, None, None],
+    "causal": np.tri(3, 4, 1, dtype=bool)[None, None],
+    "a row of nothing": np.array([[0, 0, 0, 0], [1, 1, 1, 0]], bool)[:, None, None],
+}
+BIASES = {"none": None, "heads": random(1, 2, 3, 4, seed=7), "batch": random(2, 1, 1, 4, seed=8)}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masked_softmax(mask):
+    def call(body):
+        return lambda scores: body(scores, None if mask is None else ops.convert_to_tensor(mask))
+
+    scores = random(2, 2, 3, 4)
+    assert_equals_numpy("masked_softmax", lambda s: softmax(masked(s, mask)), scores, call=call)
+
+
+@pytest.mark.parametrize("body", bodies("masked_softmax"))
+def test_masked_softmax_gives_float32_and_rows_that_sum_to_one(body):
+    scores = ops.cast(30 * random(5, 7), "bfloat16")
+    weights = body(scores, np.arange(7) < 3)
+    assert weights.dtype == body(scores).dtype == ops.zeros((), "float32").dtype
+    assert numpy(weights)[:, 3:].max() == 0
+    np.testing.assert_allclose(numpy(weights).sum(-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(numpy(body(scores, np.zeros(7, bool))), np.float32(1 / 7))
+    np.testing.assert_array_equal(numpy(body(scores[:, :1], np.zeros(1, bool))), 1)
+
+
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_dot_product_attention(mask, bias):
+    query, key, value = random(2, 2, 3, 4), random(2, 2, 4, 4, seed=1), random(2, 2, 4, 3, seed=2)
+
+    def weights(query, key):
+        scores = np.einsum("bhqd,bhkd->bhqk", query, key) / np.sqrt(4)
+        return softmax(masked(scores if bias is None else scores + bias, mask))
+
+    def attention(query, key, value):
+        return np.einsum("bhqk,bhkd->bhqd", weights(query, key), value)
+
+    def call(body):
+        return lambda *arrays: body(*arrays, *(None if x is None else ops.convert_to_tensor(x) for x in (mask, bias)))
+
+    assert_equals_numpy("dot_product_attention", attention, query, key, value, call=call)
+    if mask is None or bias is None:
+        assert_equals_numpy("attention_weights", weights, query, key, call=call)
+
+
+def test_a_bias_is_learnt():
+    query, key, value = random(1, 2, 3, 4), random(1, 2, 4, 4, seed=1), random(1, 2, 4, 3, seed=2)
+
+    def attention(bias):
+        scores = np.einsum("bhqd,bhkd->bhqk", query, key) / np.sqrt(4) + bias
+        return np.einsum("bhqk,bhkd->bhqd", softmax(scores), value)
+
+    def call(body):
+        return lambda bias: body(*map(ops.convert_to_tensor, (query, key, value)), None, bias)
+
+    assert_equals_numpy("dot_product_attention", attention, BIASES["heads"], call=call)
+
+
+@pytest.mark.parametrize("body", bodies("dot_product_attention"))
+def test_attention_keeps_the_dtype_of_the_values(body):
+    arrays = [ops.cast(random(2, 2, 3, 4, seed=i), "bfloat16") for i in range(3)]
+    bias = ops.convert_to_tensor(BIASES["heads"][..., :3])
+    heads = body(*arrays, bias=bias)
+    assert keras.backend.standardize_dtype(heads.dtype) == "bfloat16"
+    exact = reference.dot_product_attention(*[ops.cast(x, "float32") for x in arrays], bias=bias)
+    assert_close(ops.cast(heads, "float32"), exact, 0.02)
+
+
+# Cross-entropy
+
+
+def cross_entropy(logits, labels, smoothing):
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    classes = logits.shape[-1]
+    target = (1 - smoothing) * np.eye(classes)[labels] + smoothing / classes
+    return -(target * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "float32"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_token_cross_entropy(smoothing, dtype):
+    labels = np.array([[0, 4, 2], [1, 1, 3]])
+
+    def call(body):
+        return lambda logits: body(logits, ops.convert_to_tensor(labels.astype(dtype)), smoothing)
+
+    assert_equals_numpy(
+        "token_cross_entropy", lambda z: cross_entropy(z, labels, smoothing), 3 * random(2, 3, 5), call=call
+    )
+
+
+@pytest.mark.parametrize("body", bodies("token_cross_entropy"))
+def test_token_cross_entropy_of_bfloat16_logits_is_computed_in_float32(body):
+    labels = np.array([3, 0, 499])
+    logits = ops.cast(5 * random(3, 500), "bfloat16")
+    ids = ops.convert_to_tensor(labels)
+    loss = body(logits, ids, 0.1)
+    assert keras.backend.standardize_dtype(loss.dtype) == "float32"
+    exact = cross_entropy(numpy(ops.cast(logits, "float32")).astype("float64"), labels, 0.1)
+    assert_close(loss, exact, 2e-6)
+    found, expected = (
+        gradients(lambda z: f(ops.cast(z, "bfloat16"), ids, 0.1), numpy(ops.cast(logits, "float32")))
+        for f in (body, reference.token_cross_entropy)
+    )
+    assert_close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("body", bodies("token_cross_entropy"))
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_token_cross_entropy_of_large_logits_is_finite(body, smoothing):
+    logits = np.array([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], "float32")
+    labels = np.array([1, 2])
+    loss = body(ops.convert_to_tensor(logits), ops.convert_to_tensor(labels), smoothing)
+    exact = cross_entropy(logits.astype("float64"), labels, smoothing)
+    assert_close(loss, exact, 1e-4)  # the difference of two numbers near 1e4, in float32
+
+
+# Adam
+
+
+@pytest.mark.parametrize("body", bodies("adam_update"))
+@pytest.mark.parametrize("epsilon", [1e-9, 1e-3])
+def test_adam_update(body, epsilon):
+    w, m, v = random(4, 3).astype("float64"), np.zeros((4, 3)), np.zeros((4, 3))
+    variables = [keras.Variable(x.astype("float32")) for x in (w, m, v)]
+    for step in range(1, 6):
+        rate = 0.01 * step
+        gradient = random(4, 3, seed=step) * 10.0 ** np.arange(-5, 1, 2)[: w.shape[1]].astype("float32")
+        m += (1 - 0.9) * (gradient - m)
+        v += (1 - 0.98) * (gradient.astype("float64") ** 2 - v)
+        w -= rate * np.sqrt(1 - 0.98**step) / (1 - 0.9**step) * m / (np.sqrt(v) + epsilon)
+        body(
+            variables[0], ops.convert_to_tensor(gradient), *variables[1:], ops.convert_to_tensor(rate),
+            ops.convert_to_tensor(float(step)), 0.9, 0.98, epsilon,
+        )  # fmt: skip
+        for variable, exact, what in zip(variables, (w, m, v), ("weights", "momentum", "velocity")):
+            # the momentum of a float32 in torch's form, and 1 - 0.98^step, lose the last digits
+            assert_close(numpy(variable.value), exact, 1e-6, f"{what} after step {step}")
+
+
+# The cache
+
+
+@pytest.mark.parametrize("body", bodies("write"))
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_write(body, position):
+    cache, update = random(2, 3, 5, 4), random(2, 3, 1, 4, seed=1)
+    expected = cache.copy()
+    expected[:, :, position] = update[:, :, 0]
+    written = body(ops.copy(ops.convert_to_tensor(cache)), ops.convert_to_tensor(update), position)
+    np.testing.assert_array_equal(numpy(written), expected)
+
+
+@pytest.mark.parametrize("body", bodies("write"))
+def test_write_keeps_the_dtype_of_the_cache(body):
+    written = body(ops.zeros((1, 1, 2, 3), "bfloat16"), ops.ones((1, 1, 1, 3), "float32"), 1)
+    assert keras.backend.standardize_dtype(written.dtype) == "bfloat16"
+    np.testing.assert_array_equal(numpy(ops.cast(written, "float32"))[0, 0], [[0] * 3, [1] * 3])
+
+
+# Matrix products
+
+
+@pytest.fixture
+def precision_kept():
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("body", bodies("fast_matmul"))
+def test_fast_matmul_leaves_products_exact(body, precision_kept):
+    choice = body()
+    assert isinstance(choice, str) and choice and body() == choice
+    for n, k, m in [(256, 256, 256), (77, 300, 129), (1, 512, 1000)]:
+        a, b = random(n, k), random(k, m, seed=1)
+        exact = a.astype("float64") @ b.astype("float64")
+        assert np.abs(numpy(ops.matmul(a, b)) - exact).max() / np.abs(exact).max() < 2e-6
+
+
+def test_fast_matmul_takes_a_setting_back_that_loses_digits(precision_kept, monkeypatch):
+    if keras.backend.backend() != "torch":
+        assert kernels.fast_matmul is reference.fast_matmul  # which changes nothing
+        return
+    import torch
+
+    monkeypatch.setattr(torch, "randn", lambda *shape, generator: torch.full(shape, 1 / 3) + torch.eye(*shape) * 1e-3)
+    multiply = torch.Tensor.__matmul__
+
+    def rounding(a, b):  # a processor with bfloat16 units
+        if a.dtype is torch.float32 and torch.get_float32_matmul_precision() == "medium":
+            a, b = a.bfloat16().float(), b.bfloat16().float()
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    torch.set_float32_matmul_precision("high")
+    assert kernels.fast_matmul() == torch.get_float32_matmul_precision() == "high"
+
+
+# Dropout
+
+
+def drawn(rate, seed, shape, dtype="float32"):
+    return numpy(ops.cast(kernels.dropout(ops.ones(shape, dtype), rate, seed), "float32"))
+
+
+def mask(seed, shape=(100_000,), rate=0.5):
+    return drawn(rate, seed, shape) > 0
+
+
+def correlation(a, b):
+    return np.corrcoef(a.ravel(), b.ravel())[0, 1]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
+def test_dropout_rate_scale_and_expectation(rate):
+    seed = keras.random.SeedGenerator(1)
+    draws = np.stack([drawn(rate, seed, (1000, 1000)) for _ in range(4)])
+    kept = draws > 0
+    assert abs(kept.mean() - (1 - rate)) < 1e-3  # the mean of 4e6 elements: 4 standard deviations
+    assert abs(draws.mean() - 1) < 2e-3
+    np.testing.assert_allclose(draws[kept], 1 / (1 - rate), rtol=2e-5)  # torch meets the rate to 1/65536
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.999999])
+def test_dropout_at_the_ends_of_its_range(rate):
+    x = drawn(rate, keras.random.SeedGenerator(1), (1000,))
+    assert np.isfinite(x).all() and (x > 0).mean() == (rate == 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dropout_keeps_shape_and_dtype(dtype):
+    x = kernels.dropout(ops.full((3, 5, 7), 2.0, dtype), 0.5, keras.random.SeedGenerator(1))
+    assert keras.backend.standardize_dtype(x.dtype) == dtype
+    assert x.shape == (3, 5, 7)
+    assert set(np.unique(numpy(ops.cast(x, "float32")))) == {0.0, 4.0}
+
+
+def test_a_seed_repeats_its_masks_and_advances():
+    first, second = (keras.random.SeedGenerator(5) for _ in range(2))
+    masks = [mask(first, (1000,)) for _ in range(3)]
+    for expected in masks:
+        before = numpy(second.state.value).copy()
+        np.testing.assert_array_equal(mask(second, (1000,)), expected)
+        assert (numpy(second.state.value) != before).any()
+    assert (masks[0] != masks[1]).any() and (masks[1] != masks[2]).any()
+
+
+def test_draws_and_seeds_are_independent():
+    """Seven draws of each of three seeds; neighbouring seeds and the counter must not meet."""
+    masks = []
+    for seed in (0, 1, 2**31 - 1):
+        generator = keras.random.SeedGenerator(seed)
+        masks += [mask(generator) for _ in range(7)]
+    found = np.corrcoef(np.stack(masks).reshape(21, -1))
+    assert np.abs(found - np.eye(21)).max() < 5 / np.sqrt(100_000)
+
+
+def test_neighbours_and_rows_are_independent():
+    m = mask(keras.random.SeedGenerator(3), (500, 1000))
+    limit = 5 / np.sqrt(m.size)
+    for lag in range(1, 65):
+        assert abs(correlation(m[:, lag:], m[:, :-lag])) < limit, f"along a row, {lag} apart"
+        assert abs(correlation(m[lag:], m[:-lag])) < limit, f"{lag} rows apart"
+    assert np.ptp(m.mean(0)) < 10 * 0.5 / np.sqrt(500) and np.ptp(m.mean(1)) < 10 * 0.5 / np.sqrt(1000)
+
+
+def test_dropout_passes_the_gradient_where_it_passed_the_value():
+    """Of sum(y^2) / 2 the gradient is y dy/dx: x / (1 - p)^2 or 0, half of each, only if both use one mask."""
+    x = random(100, 100) + 5
+    generator = keras.random.SeedGenerator(1)
+
+    class Squared(Probe):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return ops.sum(ops.square(y_pred)) / 2
+
+    model = Squared(lambda x: kernels.dropout(x, 0.5, generator), [x])
+    model.compile(Expose(1.0))
+    model.train_on_batch(np.zeros((1, 1), "float32"))
+    gradient = model.get_weights()[0]
+    passed = gradient != 0
+    assert abs(passed.mean() - 0.5) < 0.025
+    np.testing.assert_allclose(gradient[passed], 4 * x[passed], rtol=1e-5)
+
+
+def test_fit_draws_a_fresh_mask_at_every_step():
+    """With rate 1/2 each step takes 2 from half of the weights, so their losses follow Binomial(8, 1/2)."""
+    n, steps = 20_000, 8
+    generator = keras.random.SeedGenerator(1)
+
+    class Summed(Probe):
+        def __init__(self):
+            super().__init__(lambda w: kernels.dropout(w, 0.5, self.seed_generator), [np.zeros(n, "float32")])
+            self.seed_generator = generator
+
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return ops.sum(y_pred)
+
+    model = Summed()
+    model.compile(keras.optimizers.SGD(1.0))
+    model.fit(np.zeros((steps, 1), "float32"), batch_size=1, epochs=1, verbose=0)
+    hits = -model.get_weights()[0] / 2
+    assert set(np.unique(hits)) == set(range(steps + 1))
+    assert abs(hits.mean() - steps / 2) < 0.05 and abs(hits.var() - steps / 4) < 0.1
+    assert int(numpy(generator.state.value)[1]) == steps
+
+
+# Decoding
+
+
+def test_top_k_takes_the_first_of_equal_values():
+    x = np.array([[1, 3, 3, 0, 3], [2, 2, 2, 2, 2], [5, 4, 3, 2, 1]], "float32")
+    for k in (1, 2, 4, 5):
+        values, indices = kernels.top_k(ops.convert_to_tensor(x), k)
+        order = np.argsort(-x, axis=-1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(numpy(indices), order)
+        np.testing.assert_array_equal(numpy(values), np.take_along_axis(x, order, -1))
+        assert keras.backend.standardize_dtype(indices.dtype) == "int32"
+
+
+@pytest.mark.parametrize("body", bodies("unfold"))
+@pytest.mark.parametrize("limit, taken", [(3, 3), (100, 6)])
+def test_unfold_stops_when_told_or_when_the_record_is_full(body, limit, taken):
+    def step(t, total):
+        total = total + t
+        return total, {"total": total, "square": ops.square(total)}, ops.any(total >= limit * (limit - 1) // 2)
+
+    record = {"total": ops.zeros((6, 2), "int32"), "square": ops.zeros((6, 2), "int32")}
+    total, record, steps = body(step, ops.zeros((2,), "int32"), record)
+    expected = np.cumsum(np.arange(6)) * (np.arange(6) < taken)
+    assert int(steps) == taken
+    np.testing.assert_array_equal(numpy(total), expected.max())
+    np.testing.assert_array_equal(numpy(record["total"]), np.stack([expected] * 2, 1))
+    np.testing.assert_array_equal(numpy(record["square"]), np.stack([expected**2] * 2, 1))
+
+
+def scaled(model, factor, inputs, offset):
+    return {"y": model(inputs["x"]) * factor + offset}
+
+
+@pytest.mark.parametrize("body", bodies("compiled"))
+def test_compiled_follows_shapes_static_values_and_weights(body):
+    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)])
+    for rows, factor, seed in [(2, 3.0, 0), (4, 3.0, 1), (4, -1.0, 2)]:
+        kernel, bias, x = random(3, 2, seed=seed), random(2, seed=seed + 9), random(rows, 3, seed=seed + 5)
+        model.set_weights([kernel, bias])
+        y = body(model, scaled, factor)({"x": x}, np.float32(0.5))["y"]
+        assert isinstance(y, np.ndarray)
+        assert_close(y, (x.astype("float64") @ kernel + bias) * factor + 0.5, 1e-6)
