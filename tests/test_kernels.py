@@ -254,7 +254,7 @@ def test_token_cross_entropy_of_bfloat16_logits_is_computed_in_float32(body):
     exact = cross_entropy(numpy(ops.cast(logits, "float32")).astype("float64"), labels, 0.1)
     assert_close(loss, exact, 2e-6)
     found, expected = (
-        gradients(lambda z: f(ops.cast(z, "bfloat16"), ids, 0.1), numpy(ops.cast(logits, "float32")))
+        gradients(lambda z, f=f: f(ops.cast(z, "bfloat16"), ids, 0.1), numpy(ops.cast(logits, "float32")))
         for f in (body, reference.token_cross_entropy)
     )
     assert_close(found, expected, 1e-4)

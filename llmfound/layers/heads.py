@@ -1,5 +1,7 @@
 """What stands on top of an encoder."""
 
+import functools
+
 from keras import activations, layers, ops
 
 from llmfound.base import Layer
@@ -38,7 +40,9 @@ class MaskedLMHead(Layer):
             raise ValueError(f"vocab_size and hidden_dim must be positive; got {vocab_size} and {hidden_dim}.")
         self.vocab_size = vocab_size
         self.hidden_dim = hidden_dim
-        self.activation = (lambda x: ops.gelu(x, approximate=False)) if activation == "gelu" else activations.get(activation)
+        self.activation = functools.partial(ops.gelu, approximate=False)
+        if activation != "gelu":
+            self.activation = activations.get(activation)
         policy = dict(dtype=self.dtype_policy)
         self.dense = layers.Dense(
             hidden_dim, kernel_initializer=kernel_initializer or "truncated_normal", name="dense", **policy

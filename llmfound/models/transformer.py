@@ -52,7 +52,8 @@ class Transformer(Model):
 
     def __init__(self, vocab_size, num_layers=6, hidden_dim=512, num_heads=8, intermediate_dim=2048, dropout=0.1,
                  attention_dropout=0.0, norm="post", use_bias=False, head_dim=None, activation="relu",
-                 decoder_layers=None, layout="interleaved", max_length=1024, pad_id=0, epsilon=1e-6, **kwargs):  # fmt: skip
+                 decoder_layers=None, layout="interleaved", max_length=1024, pad_id=0, epsilon=1e-6,
+                 **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         if norm not in self.block_classes:
             raise ValueError(f"norm must be one of {sorted(self.block_classes)}; got {norm!r}.")

@@ -67,7 +67,7 @@ class LinearWarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
 
     rate(s) = peak s / w for s <= w, peak + (end - peak) (s - w) / (steps - w) up to s = steps, `end` from there on
     Keras counts its steps from 0 and the papers from 1, so step 0 of Keras is s = 1.
-    Source: Xiong et al. 2020, section 3.1 (the warm-up) and 4.1 (BERT); Devlin et al. 2019, appendix A.2.
+    Source: Xiong et al. 2020, section 3.2; for BERT Devlin et al. 2019, appendix A.2.
 
     Args:
         peak: float, the greatest rate.

@@ -26,7 +26,7 @@ def numpy(x):
 
 
 def fixture_name(path):
-    """The name of the published recipe for a weight of ours: encoder_block_0/feedforward/expand/kernel is enc.0.ffn.w1."""
+    """The published name of a weight of ours: encoder_block_0/feedforward/expand/kernel is enc.0.ffn.w1."""
     parts = path.split("/")[1:]
     if parts[0] == "token_embedding":
         return "emb"
@@ -220,7 +220,7 @@ def test_a_truncated_model_file_is_refused(tmp_path, share):
     tiny().save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises((ValueError, OSError), match="model.keras|zip"):
+    with pytest.raises((ValueError, OSError), match=r"model\.keras|zip"):
         keras.saving.load_model(path)
 
 

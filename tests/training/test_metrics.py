@@ -84,13 +84,13 @@ def test_weights_are_counts(batches, shape):
 
 def test_right_in_fit_and_evaluate():
     rng = np.random.default_rng(0)
-    labels = rng.integers(1, 9, (10, 6)).astype("int32")
-    for row, length in zip(labels, [1, 6, 2, 6, 3, 6, 4, 6, 5, 0]):
+    labels = rng.integers(1, 9, (8, 6)).astype("int32")
+    for row, length in zip(labels, [1, 6, 2, 0, 6, 6, 5, 6]):
         row[length:] = 0
     model = keras.Sequential([keras.Input((6,), dtype="int32"), keras.layers.Embedding(9, 8), keras.layers.Dense(9)])
     model.compile(keras.optimizers.SGD(0.0), SmoothedCrossEntropy(), metrics=[Perplexity(), TokenAccuracy()])
     history = model.fit(labels, labels, batch_size=4, verbose=0).history
-    logits, real = model.predict(labels, verbose=0), labels != 0
+    logits, real = ops.convert_to_numpy(model(labels)), labels != 0
     expected = {
         "perplexity": np.exp(-log_likelihoods(labels, logits)[real].mean()),
         "token_accuracy": (logits.argmax(-1) == labels)[real].mean(),
@@ -106,7 +106,7 @@ def test_mask_of_keras_counts_as_padding(batches):
     model = keras.Model(inputs, keras.layers.Dense(5)(keras.layers.Embedding(5, 4, mask_zero=True)(inputs)))
     model.compile("sgd", SmoothedCrossEntropy(), metrics=[Perplexity()])
     labels = batches[0][0]
-    expected = np.exp(-log_likelihoods(labels, model.predict(token_ids, verbose=0))[token_ids != 0].mean())
+    expected = np.exp(-log_likelihoods(labels, ops.convert_to_numpy(model(token_ids)))[token_ids != 0].mean())
     evaluated = model.evaluate(token_ids, labels, verbose=0, return_dict=True)
     np.testing.assert_allclose(evaluated["perplexity"], expected, rtol=1e-5)
 
