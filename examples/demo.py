@@ -71,7 +71,7 @@ def show(model, tokenizer, pairs, folder):
 
 
 def draw(model, tokenizer, sentence, path):
-    source = llmfound.data.pad([tokenizer.encode(sentence) + [tokenizer.end_id]], tokenizer.pad_id)
+    source = llmfound.data.pad([[*tokenizer.encode(sentence), tokenizer.end_id]], tokenizer.pad_id)
     found = llmfound.decoding.beam_search(model, {"source_ids": source}, n_best=1, return_alignments=True)
     length = int(found.lengths[0, 0])
     target = found.token_ids[0, 0, :length]

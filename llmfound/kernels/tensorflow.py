@@ -46,7 +46,8 @@ def compiled(model, function, *static):
 
 
 def _program(model, function, static):
-    @tf.function(autograph=False, jit_compile=default_jit() == "auto")
+    # On a CPU XLA is no faster than the graph, and takes longer to compile.
+    @tf.function(autograph=False, jit_compile=bool(tf.config.list_physical_devices("GPU")))
     def program(*arrays):
         return function(model(), *static, *arrays)
 

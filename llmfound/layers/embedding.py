@@ -10,7 +10,7 @@ class PositionalEncoding(Layer):
     """Adds a fixed sinusoid of its position to every vector.
 
     PE[pos, 2i] = sin(pos / 10000^(2i/dim)),  PE[pos, 2i+1] = cos(pos / 10000^(2i/dim)),  pos from 0
-    Source: Vaswani et al. 2017, section 3.5. `layout="concatenated"` is the table of the authors' code (`ops.sinusoids`).
+    Source: Vaswani et al. 2017, section 3.5; `layout="concatenated"`: the authors' code, see `ops.sinusoids`.
 
     Args:
         max_length: Longest sequence it accepts.
