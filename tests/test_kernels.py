@@ -33,10 +33,16 @@ def random(*shape, seed=0):
 
 
 class Expose(keras.optimizers.SGD):
-    """Replaces each weight by its gradient: the one way to it that every backend has."""
+    """Keeps each weight's gradient in its momentum: the one way to it that every backend has.
+
+    Not in the weight itself: TensorFlow's dependency optimiser may let the assignment overtake a read.
+    """
+
+    def __init__(self):
+        super().__init__(1.0, momentum=0.5)
 
     def update_step(self, gradient, variable, learning_rate):
-        self.assign(variable, gradient)
+        self.assign(self.momentums[self._get_variable_index(variable)], gradient)
 
 
 class Probe(keras.Model):
@@ -60,10 +66,13 @@ def factors(shape):
 
 
 def gradients(function, *values):
-    model = Probe(function, values)
-    model.compile(Expose(1.0))
+    return exposed(Probe(function, values))
+
+
+def exposed(model):
+    model.compile(Expose())
     model.train_on_batch(np.zeros((1, 1), "float32"))
-    return model.get_weights()
+    return [numpy(momentum) for momentum in model.optimizer.momentums]
 
 
 def numeric_gradients(function, *values, step=1e-5):
@@ -409,7 +418,7 @@ def test_a_seed_repeats_its_masks_and_advances():
 def test_draws_and_seeds_are_independent():
     """Seven draws of each of three seeds; neighbouring seeds and the counter must not meet."""
     masks = []
-    for seed in (0, 1, 2**31 - 1):
+    for seed in (0, 1, 2**30):  # Keras on TensorFlow takes 2^31 - 1 for 1
         generator = keras.random.SeedGenerator(seed)
         masks += [mask(generator) for _ in range(7)]
     found = np.corrcoef(np.stack(masks).reshape(21, -1))
@@ -435,9 +444,7 @@ def test_dropout_passes_the_gradient_where_it_passed_the_value():
             return ops.sum(ops.square(y_pred)) / 2
 
     model = Squared(lambda x: kernels.dropout(x, 0.5, generator), [x])
-    model.compile(Expose(1.0))
-    model.train_on_batch(np.zeros((1, 1), "float32"))
-    gradient = model.get_weights()[0]
+    gradient = exposed(model)[0]
     passed = gradient != 0
     assert abs(passed.mean() - 0.5) < 0.025
     np.testing.assert_allclose(gradient[passed], 4 * x[passed], rtol=1e-5)
