@@ -29,11 +29,13 @@ def train(pairs, minutes, seed):
     """The model and its tokenizer after so many minutes."""
     keras.utils.set_random_seed(seed)
     tokenizer = llmfound.data.Tokenizer.train([text for pair in pairs for text in pair], vocab_size=4000)
-    batches = llmfound.data.TranslationBatches(pairs, tokenizer, batch_tokens=1200, max_length=48, seed=seed)
+    batches = llmfound.data.TranslationBatches(
+        pairs, tokenizer, batch_tokens=400, max_length=48, num_buckets=6, seed=seed
+    )
     print(batches)
     model = llmfound.models.Transformer(
-        tokenizer.vocab_size, num_layers=3, decoder_layers=2, hidden_dim=256, num_heads=4, intermediate_dim=1024,
-        dropout=0.1, norm="pre",
+        tokenizer.vocab_size, num_layers=3, decoder_layers=2, hidden_dim=192, num_heads=4, intermediate_dim=768,
+        dropout=0.0, norm="pre",
     )  # fmt: skip
     print(f"{model.count_params():,} parameters, {llmfound.kernels.fast_matmul()} matrix products")
     model.compile(
@@ -41,7 +43,7 @@ def train(pairs, minutes, seed):
         llmfound.training.SmoothedCrossEntropy(0.1),
         metrics=[llmfound.training.Perplexity()],
     )
-    budget = llmfound.training.TimeBudget(minutes, peak=2e-3, warmup_steps=300)
+    budget = llmfound.training.TimeBudget(minutes, peak=1.5e-3, warmup_steps=200)
     progress = llmfound.training.Progress(batches, budget)
     model.fit(batches, epochs=1000, shuffle=False, verbose=0, callbacks=[budget, progress])
     return model, tokenizer
@@ -81,7 +83,7 @@ def draw(model, tokenizer, sentence, path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="training time (default 8)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="training time (default 9)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, default=None, help="where to save (default runs/demo-BACKEND)")
     options = parser.parse_args()
