@@ -34,7 +34,7 @@ class Configured:
     @classmethod
     def from_config(cls, config):
         restore = keras.saving.deserialize_keras_object
-        return cls(**{k: restore(v) if isinstance(v, dict) and "class_name" in v else v for k, v in config.items()})
+        return cls(**{k: restore(v) if isinstance(v, (dict, list, tuple)) else v for k, v in config.items()})
 
 
 class Layer(Configured, keras.layers.Layer):

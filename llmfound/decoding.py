@@ -278,7 +278,7 @@ def _sample(model, rules, top_k, has_top_p, inputs, temperature, top_p, noise):
             if top_k > logits.shape[-1]:
                 raise ValueError(f"top_k must be at most the vocabulary's {logits.shape[-1]}; got {top_k}.")
             logits, order = kernels.top_k(logits, top_k)
-        probs = ops.softmax((logits - ops.max(logits, axis=-1, keepdims=True)) / temperature, axis=-1)
+        probs = kernels.masked_softmax((logits - ops.max(logits, axis=-1, keepdims=True)) / temperature)
         kept = probs > 0
         if has_top_p:
             kept = ops.logical_and(kept, probs >= _nucleus_threshold(probs, top_p))

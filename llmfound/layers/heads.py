@@ -2,7 +2,7 @@
 
 import functools
 
-from keras import activations, layers, ops
+from keras import activations, initializers, layers, ops
 
 from llmfound.base import Layer
 from llmfound.ops import gather_positions
@@ -44,13 +44,14 @@ class MaskedLMHead(Layer):
         if activation != "gelu":
             self.activation = activations.get(activation)
         policy = dict(dtype=self.dtype_policy)
-        self.dense = layers.Dense(
-            hidden_dim, kernel_initializer=kernel_initializer or "truncated_normal", name="dense", **policy
-        )
+        initializer = kernel_initializer or initializers.TruncatedNormal(stddev=0.02)
+        self.dense = layers.Dense(hidden_dim, kernel_initializer=initializer, name="dense", **policy)
         self.norm = layers.LayerNormalization(epsilon=epsilon, name="norm", **policy)
 
     def build(self, *shapes, **named_shapes):
-        self.bias = self.add_weight(shape=(self.vocab_size,), initializer="zeros", name="bias", dtype="float32")
+        self.bias = self.add_weight(
+            shape=(self.vocab_size,), initializer="zeros", name="bias", dtype="float32", autocast=False
+        )
 
     def call(self, x, masked_positions, embeddings):
         if tuple(embeddings.shape) != (self.vocab_size, self.hidden_dim):

@@ -1,0 +1,397 @@
+"""Layer and Model: configs, models that are built at once, checks of inputs, files."""
+
+import copy
+import json
+import pickle
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import llmfound
+from llmfound.base import lean
+from llmfound.layers import FeedForward
+from llmfound.testing import assert_close, fixture
+
+X = fixture("x", (2, 4, 8)).astype("float32")
+IDS = {"token_ids": np.array([[1, 2, 3], [4, 0, 2]], "int32")}
+
+
+class Affine(llmfound.Layer):
+    def __init__(self, factor, offset=0.0, **kwargs):
+        super().__init__(**kwargs)
+        self.factor, self.offset = factor, offset
+
+    def call(self, x):
+        return x * self.factor + self.offset
+
+
+class Halving(Affine):
+    """Without a constructor of its own."""
+
+
+class Doubling(Affine):
+    """With another signature than its parent's, and the rest passed on."""
+
+    def __init__(self, shift, **kwargs):
+        super().__init__(2.0, shift + 1, **kwargs)
+
+
+class Chain(llmfound.Layer):
+    """Takes other layers as arguments: one, some in a list, some in a dict."""
+
+    def __init__(self, first, rest=(), named=None, **kwargs):
+        super().__init__(**kwargs)
+        self.first, self.rest, self.named = first, list(rest), dict(named or {})
+
+    def call(self, x):
+        for layer in [self.first, *self.rest, *self.named.values()]:
+            x = layer(x)
+        return x
+
+
+class Raw(llmfound.Layer):
+    """Owns a weight, beside a sublayer."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(8, name="dense", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=(input_shape[-1],), initializer="ones", name="scale")
+
+    def call(self, x):
+        return self.dense(x) * self.scale
+
+
+class Bag(llmfound.Model):
+    """Scores the next token from this one alone."""
+
+    def __init__(self, vocab_size, hidden_dim=4, initializer="uniform", **kwargs):
+        super().__init__(**kwargs)
+        self.vocab_size = vocab_size
+        self.embedding = keras.layers.Embedding(vocab_size, hidden_dim, initializer, name="embedding")
+        self.dense = keras.layers.Dense(vocab_size, name="dense")
+
+    def input_signature(self):
+        return {"token_ids": (None,)}
+
+    def input_limits(self):
+        return {"token_ids": self.vocab_size}
+
+    def call(self, inputs):
+        return self.dense(self.embedding(inputs["token_ids"]))
+
+
+class Deep(Bag):
+    """Adds a layer after its parent's constructor has finished."""
+
+    def __init__(self, vocab_size, **kwargs):
+        super().__init__(vocab_size, **kwargs)
+        self.top = keras.layers.Dense(2, name="top")
+
+    def call(self, inputs):
+        return self.top(super().call(inputs))
+
+
+class Pair(llmfound.Model):
+    """Two inputs, of a fixed and of any length, on top of a model that it takes as an argument."""
+
+    def __init__(self, bag, **kwargs):
+        super().__init__(**kwargs)
+        self.bag = bag
+
+    def input_signature(self):
+        return {"token_ids": (None,), "segment_ids": (3,)}
+
+    def call(self, inputs):
+        segments = ops.sum(ops.cast(inputs["segment_ids"], "float32"), axis=1)
+        return self.bag({"token_ids": inputs["token_ids"]}) + segments[:, None, None]
+
+
+def numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def through_json(thing):
+    return keras.saving.deserialize_keras_object(json.loads(json.dumps(keras.saving.serialize_keras_object(thing))))
+
+
+def compiled(model, rate=0.1):
+    model.compile(keras.optimizers.Adam(rate), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+# Config
+
+
+@pytest.mark.parametrize(
+    "layer, expected",
+    [
+        (Affine(3.0), dict(factor=3.0)),
+        (Affine(3.0, 1.0), dict(factor=3.0, offset=1.0)),
+        (Affine(offset=1.0, factor=3.0, name="line", trainable=False), dict(factor=3.0, offset=1.0, name="line")),
+        (Halving(0.5), dict(factor=0.5)),
+        (Doubling(3), dict(shift=3)),
+        (Doubling(shift=3, name="twice"), dict(shift=3, name="twice")),
+    ],
+)
+def test_the_config_is_the_arguments(layer, expected):
+    own = {name: value for name, value in layer.get_config().items() if name not in ("dtype", "trainable")}
+    assert own == {"name": layer.name, **expected}
+    for twin in (type(layer).from_config(layer.get_config()), through_json(layer)):
+        assert type(twin) is type(layer)
+        assert (twin.factor, twin.offset, twin.name) == (layer.factor, layer.offset, layer.name)
+        assert twin.trainable == layer.trainable
+
+
+def test_the_config_has_dtype_and_trainable_as_they_are_now():
+    layer = Affine(1.0, dtype="mixed_bfloat16", trainable=True)
+    layer.trainable = False
+    twin = through_json(layer)
+    assert twin.trainable is False
+    assert twin.compute_dtype == "bfloat16" and twin.variable_dtype == "float32"
+
+
+def test_arguments_that_are_objects():
+    layer = FeedForward(
+        8, 16, activation=keras.ops.tanh, kernel_initializer=keras.initializers.RandomNormal(stddev=0.5)
+    )
+    expected, twin = layer.expand, through_json(layer).expand
+    assert twin.kernel_initializer.get_config() == expected.kernel_initializer.get_config()
+    assert isinstance(twin.kernel_initializer, keras.initializers.RandomNormal)
+    assert_close(twin.activation(X), np.tanh(X))
+
+
+def test_layers_as_arguments():
+    parts = dict(rest=[FeedForward(8, 16), Affine(2.0)], named={"last": keras.layers.Dense(8, name="last")})
+    layer = Chain(keras.layers.Dense(8, name="first"), **parts, name="chain")
+    expected = layer(X)
+    for twin in (Chain.from_config(layer.get_config()), through_json(layer)):
+        twin(X)
+        assert [type(part) for part in twin.rest] == [FeedForward, Affine] and twin.named["last"].name == "last"
+        twin.set_weights(layer.get_weights())
+        assert_close(twin(X), expected)
+
+
+def test_a_layer_among_its_own_kind_survives_a_file(tmp_path):
+    inputs = keras.Input((4, 8))
+    model = keras.Model(inputs, Chain(Raw(), [FeedForward(8, 16)])(inputs))
+    model.save(tmp_path / "model.keras")
+    assert_close(keras.saving.load_model(tmp_path / "model.keras")(X), model(X), tolerance=0)
+
+
+@pytest.mark.parametrize("make", [lambda: FeedForward(8, 16), Raw, lambda: Chain(FeedForward(8, 16), [Raw()])])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_of_a_layer_has_weights_of_its_own(make, copied):
+    layer = make()
+    expected = numpy(layer(X))
+    twin = copied(layer)
+    names = [["/".join(w.path.split("/")[-2:]) for w in each.weights] for each in (layer, twin)]
+    assert names[0] == names[1]
+    assert_close(twin(X), expected, tolerance=0)
+    twin.set_weights([w + 1 for w in twin.get_weights()])
+    assert_close(layer(X), expected, tolerance=0)
+
+
+def test_a_copy_of_a_layer_that_was_never_called():
+    assert copy.deepcopy(Chain(FeedForward(8, 16)))(X).shape == X.shape
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [((), "missing 1 required positional argument: 'factor'"), ((1, 2, 3), "takes from 2 to 3 positional arguments")],
+)
+def test_wrong_arguments_get_the_message_of_python(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        Affine(*arguments)
+
+
+def test_classes_are_registered_under_their_package():
+    assert keras.saving.get_registered_name(FeedForward) == "llmfound>FeedForward"
+    assert keras.saving.get_registered_name(Doubling) == f"{__name__}>Doubling"
+
+
+# Models
+
+
+def test_a_model_has_its_weights_once_constructed():
+    assert {w.path.split("/", 1)[1] for w in Bag(5).weights} == {"embedding/embeddings", "dense/kernel", "dense/bias"}
+    assert Deep(5).count_params() == Bag(5).count_params() + 5 * 2 + 2
+    assert Pair(Bag(5)).count_params() == Bag(5).count_params()
+
+
+def test_a_model_without_input_signature():
+    class Nameless(llmfound.Model):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Nameless must define input_signature"):
+        Nameless()
+
+
+def test_the_config_of_a_model():
+    model = Deep(5, initializer=keras.initializers.Constant(2.0), name="deep")
+    twins = [Deep.from_config(model.get_config()), through_json(model), keras.models.clone_model(model)]
+    for twin in twins:
+        assert type(twin) is Deep and (twin.name, twin.vocab_size) == ("deep", 5)
+        assert (twin.get_weights()[0] == 2).all()
+        twin.set_weights(model.get_weights())
+        assert_close(twin(IDS), model(IDS), tolerance=0)
+
+
+def test_a_model_as_an_argument(tmp_path):
+    model = Pair(Bag(5))
+    inputs = {**IDS, "segment_ids": np.ones((2, 3), "int32")}
+    assert_close(model(inputs), numpy(model.bag(IDS)) + 3)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.bag) is Bag
+    for twin in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_close(twin(inputs), model(inputs), tolerance=0)
+
+
+def test_a_compiled_model_goes_on_from_its_file_as_if_never_saved(tmp_path):
+    model, labels = compiled(Bag(5)), IDS["token_ids"][:, ::-1]
+    model.train_on_batch(IDS, labels)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(loaded.get_weights(), model.get_weights(), tolerance=0)
+    losses = [[float(m.train_on_batch(IDS, labels)) for _ in range(2)] for m in (model, loaded)]
+    assert losses[0] == losses[1] and losses[0][1] < losses[0][0]
+    assert_close(loaded.get_weights(), model.get_weights(), tolerance=0)
+    assert int(loaded.optimizer.iterations) == 3
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.7, 0.999])
+def test_a_truncated_file_is_refused(tmp_path, share):
+    path = tmp_path / "model.keras"
+    Bag(5).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"model\.keras.* zip file"):
+        keras.saving.load_model(path)
+
+
+def test_truncated_weights_are_refused_and_change_nothing(tmp_path):
+    path, model = tmp_path / "model.weights.h5", Bag(5)
+    model.save_weights(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    other = Bag(5)
+    before = other.get_weights()
+    with pytest.raises(OSError, match="truncated file"):
+        other.load_weights(path)
+    assert_close(other.get_weights(), before, tolerance=0)
+
+
+# Checks of inputs
+
+LABELS = np.zeros((2, 3), "int32")
+WAYS = {
+    "call": lambda model, x: model(x),
+    "fit": lambda model, x: model.fit(x, LABELS, verbose=0),
+    "fit(x=)": lambda model, x: model.fit(x=x, y=LABELS, verbose=0),
+    "evaluate": lambda model, x: model.evaluate(x, LABELS, verbose=0),
+    "predict": lambda model, x: model.predict(x, verbose=0),
+    "train_on_batch": lambda model, x: model.train_on_batch(x, LABELS),
+    "test_on_batch": lambda model, x: model.test_on_batch(x, LABELS),
+    "predict_on_batch": lambda model, x: model.predict_on_batch(x),
+}
+BAD = {
+    "float": (dict(token_ids=np.ones((2, 3), "float32")), r"token_ids must hold integers; got float32, shape \(2, 3\)"),
+    "bool": (dict(token_ids=np.ones((2, 3), bool)), r"token_ids must hold integers; got bool, shape \(2, 3\)"),
+    "list": (dict(token_ids=[[1, 2, 3]]), r"token_ids must hold integers; got object, shape \(1, 3\)"),
+    "rank": (dict(token_ids=np.ones(3, "int32")), r"token_ids must be of shape \('batch', None\); got \(3,\)"),
+    "large": (dict(token_ids=np.array([[1, 5, 2]] * 2)), "token_ids must hold ids from 0 to 4; got 1 to 5"),
+    "negative": (dict(token_ids=np.array([[1, -1, 2]] * 2)), "token_ids must hold ids from 0 to 4; got -1 to 2"),
+    "empty": (dict(token_ids=np.ones((0, 3), "int32")), r"token_ids is empty: shape \(0, 3\)"),
+    "missing": (dict(segment_ids=LABELS), r"Bag also needs \['token_ids'\]; got \['segment_ids'\]"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bad_inputs_are_refused_and_change_nothing(way):
+    model = compiled(Bag(5))
+    before = [numpy(model(IDS)), *model.get_weights()]
+    for bad, message in BAD.values():
+        with pytest.raises(ValueError, match=message):
+            WAYS[way](model, bad)
+        assert_close([model(IDS), *model.get_weights()], before, tolerance=0)
+
+
+def test_bad_validation_data_is_refused():
+    model = compiled(Bag(5))
+    for bad in ("float", "large", "negative", "missing"):
+        inputs, message = BAD[bad]
+        with pytest.raises(ValueError, match=message):
+            model.fit(IDS, LABELS, validation_data=(inputs, LABELS), verbose=0)
+
+
+def test_tensors_are_checked_as_far_as_that_is_free():
+    model = Bag(5)
+    for bad in ("float", "bool", "rank"):
+        inputs, message = BAD[bad]
+        with pytest.raises(ValueError, match=message):
+            model({name: ops.convert_to_tensor(x) for name, x in inputs.items()})
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64"])
+def test_integers_of_any_width_are_accepted(dtype):
+    model = Bag(5)
+    assert_close(model({"token_ids": IDS["token_ids"].astype(dtype)}), model(IDS), tolerance=0)
+
+
+def test_only_the_sign_is_checked_where_no_limit_is_known():
+    model = Pair(Bag(5))
+    large = {**IDS, "segment_ids": np.full((2, 3), 10**6, "int32")}
+    assert numpy(model(large)).min() > 10**5
+    with pytest.raises(ValueError, match=r"segment_ids must hold ids from 0 to .*; got -1 to -1"):
+        model({**IDS, "segment_ids": np.full((2, 3), -1, "int32")})
+    with pytest.raises(ValueError, match=r"Pair also needs \['segment_ids'\]; got \['token_ids'\]"):
+        model(IDS)
+
+
+def test_check_inputs_takes_a_part_of_the_inputs():
+    Pair(Bag(5)).check_inputs(IDS)  # decoding has no target_ids at the start
+
+
+# lean
+
+
+@pytest.fixture
+def full_calls(monkeypatch):
+    """The layers that were called in full, in order."""
+    calls, full_call = [], keras.layers.Layer.__call__
+
+    def call(self, *args, **kwargs):
+        calls.append(self)
+        return full_call(self, *args, **kwargs)
+
+    monkeypatch.setattr(keras.layers.Layer, "__call__", call)
+    return calls
+
+
+def test_lean_skips_the_full_call(full_calls):
+    layer = keras.layers.Dense(8, bias_initializer="ones")
+    expected = layer(X)
+    assert_close(lean(layer, ops.convert_to_tensor(X)), expected, tolerance=0)
+    assert full_calls == [layer]
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "int8"])
+def test_lean_makes_the_full_call_where_it_is_needed(policy, full_calls):
+    layer = keras.layers.Dense(8, dtype="float32" if policy == "int8" else policy)
+    layer(X)
+    if policy == "int8":
+        layer.quantize("int8")
+    expected, found = layer(X), lean(layer, X)
+    assert full_calls == [layer] * 3
+    assert found.dtype == expected.dtype
+    assert_close(ops.cast(found, "float32"), ops.cast(expected, "float32"), tolerance=0)
+
+
+def test_lean_passes_arguments_on():
+    x = ops.convert_to_tensor(X)
+    dropout = keras.layers.Dropout(0.5)
+    assert (numpy(lean(dropout, x, training=True)) == 0).any()
+    assert_close(lean(dropout, inputs=x, training=False), X, tolerance=0)
