@@ -41,7 +41,15 @@ class Layer(Configured, keras.layers.Layer):
     """A keras.layers.Layer whose config is its constructor arguments."""
 
     def get_build_config(self):
-        return None  # sublayers are built by the first call, not from a stored shape
+        """What each sublayer was built from: a shape for the layer as a whole would not say how to call it."""
+        return {"own": super().get_build_config(), "sublayers": [layer.get_build_config() for layer in self._layers]}
+
+    def build_from_config(self, config):
+        with self._open_name_scope():
+            for layer, sublayer_config in zip(self._layers, config["sublayers"]):
+                if not layer.built:  # a layer given as an argument brings its own
+                    layer.build_from_config(sublayer_config)
+        super().build_from_config(config["own"])
 
 
 def lean(layer, *args, **kwargs):
@@ -98,16 +106,14 @@ class Model(Configured, keras.Model, metaclass=_BuiltAfterInit):
                 raise ValueError(f"{name} must hold ids from 0 to {limit - 1}; got {low} to {high}.")
 
     def __call__(self, inputs, *args, **kwargs):
-        if isinstance(inputs, dict):
-            self.check_inputs(inputs)
-            missing = self.input_signature().keys() - inputs.keys()
-            if missing:
-                raise ValueError(f"{type(self).__name__} also needs {sorted(missing)}; got {sorted(inputs)}.")
-        return super().__call__(inputs, *args, **kwargs)
+        return super().__call__(self._checked(inputs), *args, **kwargs)
 
     def _checked(self, x):
         if isinstance(x, dict):
             self.check_inputs(x)
+            missing = self.input_signature().keys() - x.keys()
+            if missing:
+                raise ValueError(f"{type(self).__name__} also needs {sorted(missing)}; got {sorted(x)}.")
         return x
 
     def fit(self, x=None, *args, **kwargs):
@@ -121,3 +127,9 @@ class Model(Configured, keras.Model, metaclass=_BuiltAfterInit):
 
     def train_on_batch(self, x, *args, **kwargs):
         return super().train_on_batch(self._checked(x), *args, **kwargs)
+
+    def test_on_batch(self, x, *args, **kwargs):
+        return super().test_on_batch(self._checked(x), *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        return super().predict_on_batch(self._checked(x))

@@ -59,7 +59,14 @@ def sinusoids(length, dim, layout="interleaved"):
 
     Returns:
         NumPy float32 (length, dim).
+
+    Raises:
+        ValueError: if dim is odd or the layout unknown.
     """
+    if layout not in ("interleaved", "concatenated"):
+        raise ValueError(f'layout must be "interleaved" or "concatenated"; got {layout!r}.')
+    if dim % 2:
+        raise ValueError(f"Sinusoids come in pairs, so the width must be even; got {dim}.")
     half = dim // 2
     position = np.arange(length)[:, None]
     exponent = np.arange(half) / (half if layout == "interleaved" else max(half - 1, 1))

@@ -74,7 +74,7 @@ def _assert_arrays_close(actual, expected, tolerance, what):
     with np.errstate(invalid="ignore", divide="ignore"):
         difference = np.where(actual == expected, 0.0, np.abs(actual - expected))  # equal infinities are close
         relative = np.where(difference == 0, 0.0, difference / np.abs(expected))
-        wrong = ~(difference <= tolerance * (1 + np.abs(expected)))
+        wrong = ~(difference <= tolerance * (1 + np.abs(expected))) | np.isinf(difference)
     if wrong.any():
         raise AssertionError(
             f"{what}: {wrong.sum()} of {wrong.size} differ by more than {tolerance:g} (1 + |expected|); "
@@ -172,7 +172,7 @@ def check_layer(make, inputs, *, expected_shape=None, mask=None, tolerance=1e-5,
 
     Raises:
         AssertionError: at the first check that fails; it names the check, what differed, where and by how much.
-        ValueError: if `make`, `inputs`, `mask` or `skip` is not as described.
+        ValueError: if `inputs`, `mask` or `skip` is not as described.
     """
     layer = make()
     if isinstance(inputs, tuple):
@@ -207,7 +207,7 @@ def check_model(make, batch, *, loss=None, expected_shape=None, pad_id=0, tolera
 
     Raises:
         AssertionError: at the first check that fails; it names the check, what differed, where and by how much.
-        ValueError: if `make`, `batch` or `skip` is not as described.
+        ValueError: if `batch` or `skip` is not as described.
     """
     if not isinstance(batch, tuple) or len(batch) not in (2, 3):
         raise ValueError(f"batch must be (inputs, labels) or (inputs, labels, sample_weight); got {type(batch)}.")
@@ -580,9 +580,8 @@ def _check_copy(subject):
 
 
 def _assert_same(subject, twin, how):
-    before, after = _settings(subject.layer), _settings(twin)
-    changed = [f"{name} is {after.get(name)!r}, was {value!r}" for name, value in before.items()
-               if after.get(name) != value]  # fmt: skip
+    changed = [f"{what} is {after!r}, was {before!r}" for (what, before), (_, after)
+               in zip(_settings(subject.layer), _settings(twin), strict=True) if before != after]  # fmt: skip
     if changed:
         raise AssertionError(f"after {how}, {'; '.join(changed)}.")
     assert_close(subject.run(twin), subject.outputs, subject.limits.tolerance, f"output after {how}")
@@ -722,24 +721,17 @@ def _parameters(layer):
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
-def _settings(layer, path="", seen=None):
-    """{attribute path: value} of the public plain attributes of a layer and of its sublayers.
+def _settings(layer):
+    """[(what, value)] of the public plain attributes of a layer and of all its sublayers.
 
     A rate of dropout that got lost in the config shows here, and in no output without training.
     """
-    seen, found = seen or set(), {}
-    seen.add(id(layer))
-    for name, value in vars(layer).items():
-        if name.startswith("_") or name in ("name", "built"):
-            continue
-        if isinstance(value, (bool, int, float, str)):
-            found[path + name] = value
-        for i, sublayer in enumerate(value if isinstance(value, (list, tuple)) else [value]):
-            if isinstance(sublayer, keras.layers.Layer) and id(sublayer) not in seen:
-                found |= _settings(
-                    sublayer, f"{path}{name}[{i}]." if isinstance(value, (list, tuple)) else f"{path}{name}.", seen
-                )
-    return found
+    return [
+        (f"{part.name}.{name}", value)
+        for part in layer._flatten_layers()  # not attributes: on PyTorch sublayers are none
+        for name, value in sorted(vars(part).items())
+        if not name.startswith("_") and name not in ("name", "built") and isinstance(value, (bool, int, float, str))
+    ]
 
 
 def _replaced(config, old, new):

@@ -91,6 +91,8 @@ class MultiHeadAttention(Layer):
         super().__init__(**kwargs)
         if hidden_dim <= 0 or num_heads <= 0:
             raise ValueError(f"hidden_dim and num_heads must be positive; got {hidden_dim} and {num_heads}.")
+        if head_dim is not None and head_dim <= 0:
+            raise ValueError(f"head_dim must be positive, or None for hidden_dim / num_heads; got {head_dim}.")
         if head_dim is None and hidden_dim % num_heads:
             below = hidden_dim - hidden_dim % num_heads
             raise ValueError(

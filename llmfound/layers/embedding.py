@@ -40,13 +40,12 @@ class PositionalEncoding(Layer):
 
     def call(self, x, start=None):
         length, dim = x.shape[1:]
-        if dim % 2:
-            raise ValueError(f"Sinusoids come in pairs, so the width must be even; got {dim}.")
         known = isinstance(length, int)  # not while a backend traces for any length
-        if known and length > self.max_length:
+        end = length + (start if isinstance(start, int) else 0) if known else 0
+        if end > self.max_length:
             raise ValueError(
-                f"A sequence of {length} is longer than the position table ({self.max_length}); "
-                f"shorten it or build the layer or model with max_length={length}."
+                f"A sequence of {end} is longer than the position table ({self.max_length}); "
+                f"shorten it or build the layer or model with max_length={end}."
             )
         table = sinusoids(self.max_length, dim, self.layout)
         if start is None and known:
