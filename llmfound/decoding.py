@@ -58,8 +58,9 @@ class _Rules(NamedTuple):
         ):
             if max(ids, default=0) >= vocab_size:
                 raise ValueError(f"{name} must be below the vocabulary's {vocab_size}; got {max(ids)}.")
-        if len(self.forbidden_ids) == vocab_size:
-            raise ValueError(f"forbidden_ids leaves none of the {vocab_size} tokens.")
+        refused = {*self.forbidden_ids, self.end_id if self.min_length > 1 else NEVER} - {NEVER}
+        if len(refused) == vocab_size:
+            raise ValueError(f"forbidden_ids and min_length leave none of the {vocab_size} tokens.")
         logits, vocabulary = ops.cast(logits, "float32"), np.arange(vocab_size)
         if self.forbidden_ids:
             logits = ops.where(np.isin(vocabulary, self.forbidden_ids), -np.inf, logits)
@@ -145,6 +146,8 @@ def score(model, inputs, target_ids, start_id=1, pad_id=0):
         ValueError: as `greedy`, and if target_ids does not fit the inputs.
     """
     target_ids = _integers("target_ids", target_ids, rank=2)
+    if hasattr(model, "check_inputs"):
+        model.check_inputs({"target_ids": target_ids})
     inputs, rules = _prepare(model, inputs, target_ids.shape[1], start_id, None, pad_id, 0, ())
     if len(target_ids) != _batch_size(inputs):
         raise ValueError(f"target_ids has {len(target_ids)} rows, the inputs have {_batch_size(inputs)}.")

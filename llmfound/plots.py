@@ -1,6 +1,12 @@
-"""Pictures: which source tokens each target token looked at."""
+"""Pictures: which source tokens each target token looked at, and how training went."""
+
+import warnings
 
 import numpy as np
+
+# Tried after matplotlib's own font, which has neither Chinese nor Japanese nor Korean.
+FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Hiragino Sans", "PingFang SC", "Yu Gothic",
+         "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS", "Noto Emoji")  # fmt: skip
 
 
 def alignment(weights, source_tokens, target_tokens, title=None, path=None):
@@ -34,10 +40,12 @@ def alignment(weights, source_tokens, target_tokens, title=None, path=None):
     weights = weights[:rows, :columns]
     if not np.isfinite(weights).all() or weights.min() < 0:
         raise ValueError(f"weights must be finite and not negative; got {weights.min()} to {weights.max()}.")
-    figure, axes = _figure(columns, rows)
-    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=max(weights.max(), 1e-9), aspect="equal")
-    axes.set_xticks(range(columns), [_short(token) for token in source_tokens], rotation=60, ha="left", va="bottom")
-    axes.set_yticks(range(rows), [_short(token) for token in target_tokens])
+    cell = 0.42 if max(columns, rows) <= 30 else 0.28  # inches
+    figure, [[axes]] = _figure(cell * columns + 2.2, cell * rows + 1.6)
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=weights.max() or 1, aspect="equal")
+    labels, text = _labels([*source_tokens, *target_tokens])
+    axes.set_xticks(range(columns), labels[:columns], rotation=60, ha="left", va="bottom", **text)
+    axes.set_yticks(range(rows), labels[columns:], **text)
     axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False, pad=4)
     axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
@@ -47,6 +55,80 @@ def alignment(weights, source_tokens, target_tokens, title=None, path=None):
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=9)
+    return _finish(figure, title, path)
+
+
+def training_curve(history, title=None, path=None):
+    """Curves of what training recorded, one panel for each quantity, with its validation in the same panel.
+
+    Args:
+        history: what `fit` returns, or its dict of lists, or a list of dicts, one for each point, in which a quantity
+            may be missing. "step" gives the horizontal axis; without it the points are epochs, from 1.
+        title: str, above the picture.
+        path: file to save it to; its ending says the format.
+
+    Returns:
+        matplotlib.figure.Figure.
+
+    Raises:
+        ValueError: if there is nothing to draw, or the lists differ in length.
+        ImportError: if matplotlib is missing.
+    """
+    series = _series(history)
+    name_of_x = "step" if "step" in series else "epoch"
+    x = series.pop("step", None)
+    lengths = {name: len(y) for name, y in series.items()}
+    if not lengths or min(lengths.values()) == 0:
+        raise ValueError(f"history must hold at least one quantity and one point; got lengths {lengths}.")
+    points = max(lengths.values())
+    x = np.arange(1, points + 1) if x is None else x
+    if {*lengths.values(), len(x)} != {points}:
+        raise ValueError(f"history must hold lists of one length; got {lengths}, and {len(x)} on the horizontal axis.")
+    names = list(dict.fromkeys(name.removeprefix("val_") for name in series))
+    columns = 2 if len(names) == 4 else min(len(names), 3)
+    rows = -(-len(names) // columns)
+    figure, panels = _figure(4 * columns, 3 * rows, rows, columns)
+    for axes, name in zip(panels.flat, names):
+        for key, label, color in ((name, "training", "C0"), (f"val_{name}", "validation", "C1")):
+            if key in series:
+                there = np.isfinite(series[key])
+                style = dict(marker="." if there.sum() <= 30 else "", label=label, color=color)
+                axes.plot(x[there], series[key][there], **style)
+        axes.set_title(name.replace("_", " "), fontsize="medium")
+        axes.set_xlabel(name_of_x)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if {name, f"val_{name}"} <= set(series):
+            axes.legend(frameon=False)
+    for axes in panels.flat[len(names) :]:
+        axes.set_axis_off()
+    return _finish(figure, title, path)
+
+
+def _series(history):
+    """{name: float (points,)}, NaN where a point lacks a quantity."""
+    history = getattr(history, "history", history)
+    if not isinstance(history, dict):
+        records = list(history)
+        names = dict.fromkeys(name for record in records for name in record)
+        history = {name: [record.get(name, np.nan) for record in records] for name in names}
+    return {name: np.asarray(values, "float64") for name, values in history.items()}
+
+
+def _figure(width, height, rows=1, columns=1):
+    """A figure that belongs to no window and no global list, and its panels (rows, columns); sizes in inches."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install llmfound[plots]") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _finish(figure, title, path):
     if title:
         figure.suptitle(title)
     if path is not None:
@@ -54,21 +136,27 @@ def alignment(weights, source_tokens, target_tokens, title=None, path=None):
     return figure
 
 
-def _figure(columns, rows):
-    """A figure that belongs to no window and no global list, with room for so many cells."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install llmfound[plots]") from error
-    size = 0.42 if max(columns, rows) <= 30 else 0.28
-    figure = Figure(figsize=(max(size * columns + 2.2, 4), max(size * rows + 1.6, 3)), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+def _labels(tokens):
+    """The tokens as short labels, and matplotlib's settings for writing them as they are.
+
+    A box stands for what no font has, with one warning for all; matplotlib would warn at each, whenever it draws.
+    """
+    from matplotlib import font_manager
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    families = ["sans-serif", *(name for name in FONTS if name in installed)]
+    properties = [font_manager.FontProperties(family=[family]) for family in families]
+    fonts = [font_manager.get_font(font_manager.findfont(one)) for one in properties]
+    labels = [_short(token) for token in tokens]
+    missing = {c for c in set("".join(labels)) if not any(font.get_char_index(ord(c)) for font in fonts)}
+    if missing:
+        warnings.warn(f"No font here has {' '.join(sorted(missing))}; a box stands for each.", stacklevel=3)
+        labels = [label.translate(dict.fromkeys(map(ord, missing), "□")) for label in labels]
+    return labels, dict(family=families, parse_math=False)
 
 
 def _short(token, longest=14):
-    """The token as a label: without the mark of a word's start, and no dollar sign, which would start a formula."""
-    token = token.removeprefix("▁")
-    token = token if len(token) <= longest else token[: longest - 1] + "…"
-    return token.replace("$", r"\$")
+    """The token without the mark of a word's start, on one line, and not too long."""
+    token = token.removeprefix("▁") or token
+    token = "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)
+    return token if len(token) <= longest else token[: longest - 1] + "…"

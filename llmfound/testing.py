@@ -580,11 +580,13 @@ def _check_copy(subject):
 
 
 def _assert_same(subject, twin, how):
-    changed = [f"{what} is {after!r}, was {before!r}" for (what, before), (_, after)
-               in zip(_settings(subject.layer), _settings(twin), strict=True) if before != after]  # fmt: skip
+    outputs = subject.run(twin)
+    before, after = _settings(subject.layer), _settings(twin)
+    changed = [f"{what[1]} is {after.get(what)!r}, was {before[what]!r}" for what in before
+               if after.get(what) != before[what]]  # fmt: skip
     if changed:
         raise AssertionError(f"after {how}, {'; '.join(changed)}.")
-    assert_close(subject.run(twin), subject.outputs, subject.limits.tolerance, f"output after {how}")
+    assert_close(outputs, subject.outputs, subject.limits.tolerance, f"output after {how}")
 
 
 def _check_functional(subject):
@@ -722,16 +724,16 @@ def _parameters(layer):
 
 
 def _settings(layer):
-    """[(what, value)] of the public plain attributes of a layer and of all its sublayers.
+    """{(place, what): value} of the public plain attributes of a layer and of all its sublayers.
 
     A rate of dropout that got lost in the config shows here, and in no output without training.
     """
-    return [
-        (f"{part.name}.{name}", value)
-        for part in layer._flatten_layers()  # not attributes: on PyTorch sublayers are none
-        for name, value in sorted(vars(part).items())
+    return {
+        (place, f"{type(part).__name__}.{name}"): value
+        for place, part in enumerate(layer._flatten_layers())  # among the attributes PyTorch hides them
+        for name, value in vars(part).items()
         if not name.startswith("_") and name not in ("name", "built") and isinstance(value, (bool, int, float, str))
-    ]
+    }
 
 
 def _replaced(config, old, new):

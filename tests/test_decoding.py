@@ -229,13 +229,14 @@ def test_a_narrow_beam_finds_what_a_plain_beam_search_finds(beam_size, n_best, m
             assert_found(found, sentence, expected[:n_best])
 
 
-def test_a_longer_hypothesis_may_overtake_one_that_has_ended():
+@pytest.mark.parametrize("n_best", [1, 2])
+def test_a_longer_hypothesis_may_overtake_one_that_has_ended(n_best):
     """[end] has log 0.6 / 1; the other log 0.4 / 2.5, but only at length 10, where its penalty is that large."""
     middle = {3: {3: 1.0}}
     model = markov(4, {START: {END: 0.6, 3: 0.4}}, *[middle] * 8, {3: {END: 1.0}})
-    found = decoding.beam_search(model, source(0), beam_size=2, length_penalty=1.0, max_length=10, n_best=2)
+    found = decoding.beam_search(model, source(0), beam_size=2, length_penalty=1.0, max_length=10, n_best=n_best)
     expected = [(np.log(0.4) / 2.5, np.log(0.4), (*[3] * 9, END)), (np.log(0.6), np.log(0.6), (END,))]
-    assert_found(found, 0, expected)
+    assert_found(found, 0, expected[:n_best])
 
 
 def test_the_best_hypotheses_are_sorted_and_unlike():
@@ -383,7 +384,9 @@ def test_score_gives_what_beam_search_gave():
     found = decoding.beam_search(model, SOURCES, **OPTIONS)
     for place in range(3):
         log_probs, total = decoding.score(model, SOURCES, found.token_ids[:, place])
-        assert_close(total, found.log_probs[:, place], 1e-4)
+        there = found.lengths[:, place] > 0
+        assert there.any()
+        assert_close(total[there], found.log_probs[there, place], 1e-4)
         assert_close(log_probs, decoding.score(Rerun(model), SOURCES, found.token_ids[:, place])[0], 1e-4)
 
 
@@ -657,10 +660,11 @@ def test_translations_come_in_order(batch_size):
     assert translations == [sentence.strip() for sentence in SENTENCES]
 
 
-def test_translation_meets_few_shapes():
+@pytest.mark.parametrize("batch_size, shapes", [(4, [(4, 8, 9), (2, 4, 9)]), (64, [(8, 8, 9)])])
+def test_translation_meets_few_shapes(batch_size, shapes):
     model = Copy(range(10))
-    decoding.translate(model, Words(TEXT), SENTENCES, batch_size=4, length_multiple=4, max_length=9)
-    assert list(dict.fromkeys(model.batches)) == [(4, 8, 9), (2, 4, 9)]
+    decoding.translate(model, Words(TEXT), SENTENCES, batch_size=batch_size, length_multiple=4, max_length=9)
+    assert list(dict.fromkeys(model.batches)) == shapes  # tracing may call start more than once
 
 
 def test_nothing_to_translate():
@@ -747,7 +751,11 @@ TOKENIZER = Words(TEXT)
         (lambda: decoding.greedy(LARGE, INPUTS, start_id=4), "start_id must be below the vocabulary's 4; got 4"),
         (lambda: decoding.sample(TOY, INPUTS, end_id=7), "end_id must be below the vocabulary's 4; got 7"),
         (lambda: decoding.beam_search(TOY, INPUTS, forbidden_ids=[1, 5]), "forbidden_ids must be below .* 4; got 5"),
-        (lambda: decoding.greedy(TOY, INPUTS, forbidden_ids=range(4)), "forbidden_ids leaves none of the 4 tokens"),
+        (
+            lambda: decoding.greedy(TOY, INPUTS, forbidden_ids=range(4)),
+            "forbidden_ids and min_length leave none",
+        ),
+        (lambda: decoding.greedy(TOY, INPUTS, forbidden_ids=[0, 1, 3], min_length=2), "leave none of the 4 tokens"),
         (
             lambda: decoding.sample(TOY, INPUTS, temperature=0),
             r"temperature must be .*; got 0; its limit 0 is greedy\(\)",
@@ -758,6 +766,10 @@ TOKENIZER = Words(TEXT)
         (lambda: decoding.sample(TOY, INPUTS, top_k=5), "top_k must be at most the vocabulary's 4; got 5"),
         (lambda: decoding.sample(TOY, INPUTS, top_p=0.0), "top_p must be above 0 and at most 1; got 0.0"),
         (lambda: decoding.sample(TOY, INPUTS, top_p=1.1), "top_p must be above 0 and at most 1; got 1.1"),
+        (
+            lambda: decoding.score(transformer(), SOURCES, [[3, 11]] * 3),
+            "target_ids must hold ids from 0 to 10; got 3",
+        ),
         (lambda: decoding.score(TOY, INPUTS, [[3, 2]]), "target_ids has 1 rows, the inputs have 2"),
         (lambda: decoding.score(TOY, INPUTS, [3, 2]), r"target_ids must be integers .* \(2,\)"),
         (lambda: decoding.score(TOY, INPUTS, np.ones((2, 3))), "target_ids must be integers .* float64"),

@@ -8,8 +8,8 @@ import pytest
 from keras import layers, ops
 
 from llmfound import testing
-from llmfound.base import Layer
-from llmfound.testing import assert_close, check_layer, fixture, set_weights_by_path
+from llmfound.base import Layer, Model
+from llmfound.testing import assert_close, check_layer, check_model, fixture, set_weights_by_path
 
 ALL = list(testing.CHECKS)
 
@@ -126,7 +126,7 @@ def test_weights_are_set_by_the_ends_of_their_paths():
         ({"third/bias": (3,)}, r"third/bias \(3,\) names no weight"),
         ({"econd/bias": (3,)}, r"econd/bias \(3,\) names no weight"),
         ({"bias": (3,)}, r"second/bias \(3,\) is named by second/bias and bias"),
-        ({"first/bias": None, "second/bias": None, "bias": (3,)}, "bias names first/bias and second/bias"),
+        ({"first/bias": None, "second/bias": None, "bias": (3,)}, "bias names tower/first/bias and tower/second/bias"),
     ],
 )
 def test_each_weight_must_be_set_exactly_once(change, message):
@@ -147,13 +147,16 @@ def test_weights_must_exist_to_be_set():
 
 
 class Mix(Layer):
-    """y_t = act(x_t W) + the mean over real positions of x V; every fault below is a subclass of it."""
+    """y_t = tanh(W x_t) + the mean over real positions of V x; every fault below is a subclass of it."""
 
     def __init__(self, units, rate=0.0, **kwargs):
         super().__init__(**kwargs)
-        self.own = layers.Dense(units, activation="tanh", name="own", dtype=self.dtype_policy)
-        self.shared = layers.Dense(units, name="shared", dtype=self.dtype_policy)
-        self.dropout = layers.Dropout(rate, name="dropout", dtype=self.dtype_policy)
+        self.own = layers.Dense(units, activation="tanh", name="own", dtype=self.policy())
+        self.shared = layers.Dense(units, name="shared", dtype=self.policy())
+        self.dropout = layers.Dropout(rate, name="dropout", dtype=self.policy())
+
+    def policy(self):
+        return self.dtype_policy
 
     def mean(self, x, mask):
         weights = ops.cast(mask, x.dtype)[..., None]
@@ -179,9 +182,9 @@ class StopsGradient(Mix):
         return super().mean(ops.stop_gradient(x), mask)
 
 
-class NoGradient(Mix):
+class TimesZero(Mix):
     def call(self, x, mask=None, training=None):
-        return ops.stop_gradient(super().call(x, mask, training))
+        return super().call(x, mask, training) * 0.0
 
 
 class ForgetsUnits(Mix):
@@ -200,10 +203,8 @@ class NoJSON(Mix):
 
 
 class IgnoresDtype(Mix):
-    def __init__(self, units, rate=0.0, **kwargs):
-        super().__init__(units, rate, **kwargs)
-        self.own.dtype_policy = keras.config.dtype_policy()
-        self.shared.dtype_policy = keras.config.dtype_policy()
+    def policy(self):
+        return None
 
 
 class GivesFloat32(Mix):
@@ -236,12 +237,14 @@ class Shares(Mix):
         return self
 
 
-class LooksAtValues(Mix):
-    def call(self, x, mask=None, training=None):
-        return super().call(x, mask, training) * (2.0 if float(ops.convert_to_numpy(x).max()) > 0 else 1.0)
+class KeepsTensor(Mix):
+    kept = None
 
-    def compute_output_spec(self, x, mask=None, training=None):
-        return keras.KerasTensor((*x.shape[:2], 2), self.compute_dtype)
+    def call(self, x, mask=None, training=None):
+        before = self.kept
+        if self.built:
+            self.kept = mask
+        return super().call(x, mask if before is None else before, training)
 
 
 class FixesLength(Mix):
@@ -283,13 +286,8 @@ MASK = np.arange(5) < np.array([[5], [3], [1]])
 INPUTS = {"x": X, "mask": MASK}
 
 
-def check(kind, *names, **options):
-    options = {"mask": "mask", "skip": only(*names), **options}
-    return check_layer(lambda: kind(2, name="mix"), INPUTS, **options)
-
-
 def test_a_good_layer_passes_every_check():
-    report = check(Mix, *ALL, expected_shape=(3, 5, 2))
+    report = check_layer(lambda: Mix(2, 0.5, name="mix"), INPUTS, mask="mask", expected_shape=(3, 5, 2))
     assert report.done == ALL and not report.skipped
     assert str(report) == f"check_layer(mix): {', '.join(ALL)}"
 
@@ -299,34 +297,173 @@ def test_a_good_layer_passes_every_check():
     [
         (GivesNaN, "output", r"output: \d+ of 30 are not finite, first nan at \(0, "),
         (IsRandom, "deterministic", "output of a second call: .* differ by more than 1e-05"),
-        (
-            WrongShape,
-            "spec",
-            r"compute_output_spec says \[\(\(3, 5, 7\), 'float32'\)\] for a batch of 3; the output is",
-        ),
-        (ForgetsUnits, "config", "TypeError: .*'units'"),
-        (ForgetsRate, "config", r"dropout\.rate is 0\.0, was 0\.5 \(get_config lacks rate\)\.|rate"),
+        (WrongShape, "spec", r"compute_output_spec says \[\(\(3, 5, 7\), 'float32'\)\] for a batch of 3; the"),
+        (ForgetsUnits, "config", "TypeError: .* missing 1 required positional argument: 'units'"),
+        (ForgetsRate, "config", r"after .* \(get_config lacks rate\), Dropout\.rate is 0\.0, was 0\.5\.$"),
         (NoJSON, "config", "TypeError: Object of type float32 is not JSON serializable"),
         (Shares, "copy", "output after a change to the deepcopy: 30 of 30 differ"),
-        (LooksAtValues, "functional", ""),
-        (FixesLength, "variable_length", ""),
+        (KeepsTensor, "functional", "Error"),
+        (FixesLength, "variable_length", "Error"),
         (SavesLess, "save", "output after save and load: .* differ"),
         (GivesFloat32, "mixed_bfloat16", r"the outputs are \['float32'\]; expected bfloat16_output='bfloat16'"),
         (LosesPrecision, "mixed_bfloat16", r"output \(largest is 1\): .* differ by more than 0\.05"),
-        (IgnoresDtype, "dtype", ""),
-        (NoGradient, "fit", r"the loss was (\S+) in a step of fit, and \1 in the next one on the same batch"),
-        (BuildsLate, "fit", ""),
+        (IgnoresDtype, "dtype", "with dtype=.* the outputs are .*float32.*; as global policy .*bfloat16"),
+        (TimesZero, "fit", r"the loss was (\S+) in a step of fit, and \1 in the next one on the same batch"),
+        (BuildsLate, "fit", "Error"),
         (StopsGradient, "gradient", r"no gradient reaches .*shared/kernel \(4, 2\); all of it is zero"),
-        (
-            IgnoresMask,
-            "padding",
-            "output at real positions, after a change of what mask hides and 3 padded positions more",
-        ),
-        (DividesByZero, "all_padding", r"output where row 0 of mask is all padding: 10 of 30 are not finite"),
+        (IgnoresMask, "padding", "output at real positions, after a change of what mask hides and 3 padded positions"),
+        (DividesByZero, "all_padding", "output where row 0 of mask is all padding: 10 of 30 are not finite"),
     ],
 )
 def test_a_fault_is_named(kind, name, message):
-    make = (lambda: kind(2, 0.5, name="mix")) if kind in (ForgetsRate, IsRandom) else (lambda: kind(2, name="mix"))
-    with pytest.raises(AssertionError, match=rf"check_layer\(mix\), {name}: .*{message}") as caught:
-        check_layer(make, INPUTS, mask="mask", skip=only(name))
-    print(caught.value)
+    with pytest.raises(AssertionError, match=rf"(?s)^check_layer\(mix\), {name}: .*{message}"):
+        check_layer(lambda: kind(2, 0.5, name="mix"), INPUTS, mask="mask", skip=only(name))
+
+
+def test_arguments_may_come_in_order_and_other_shapes_are_refused():
+    skip = only("output")
+    report = check_layer(lambda: Mix(2), (X, MASK), expected_shape=[(3, 5, 2)], skip=skip)
+    assert report.done == ["output"]
+    message = r"the output has shape \[\(3, 5, 2\)\]; expected_shape is \(3, 5, 4\)"
+    with pytest.raises(AssertionError, match=message):
+        check_layer(lambda: Mix(2), (X, MASK), expected_shape=(3, 5, 4), skip=skip)
+
+
+def test_what_is_not_checked_is_reported():
+    reasons = {"fit": "it has a reason", "save": "so has this"}
+    report = check_layer(lambda: layers.Activation("tanh", name="plain"), (X,), skip=reasons)
+    none = {"variable_length", "padding", "all_padding"}
+    assert report.skipped == {**reasons, "gradient": testing.NO_WEIGHTS, **dict.fromkeys(none, testing.NO_PADDING)}
+    assert set(report.done) == set(ALL) - set(report.skipped)
+    assert "\n  fit skipped: it has a reason\n" in str(report)
+
+
+def mix():
+    return Mix(2, name="mix")
+
+
+SAME = mix()
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: check_layer(mix, INPUTS, mask="no"), ValueError, r"mask must name .* \['x', 'mask'\]; got 'no'"),
+        (lambda: check_layer(mix, INPUTS, mask="x"), ValueError, "mask must name a bool .*got 'x'"),
+        (lambda: check_layer(mix, {"x": 3}), ValueError, "The inputs must hold NumPy arrays; got {'x': 3}"),
+        (lambda: check_layer(mix, INPUTS, skip={"speed": "slow"}), ValueError, "checks: .*; got {'speed'"),
+        (lambda: check_layer(mix, INPUTS, skip={"fit": ""}), ValueError, "reason for leaving it out"),
+        (
+            lambda: check_layer(lambda: SAME, INPUTS, skip=only("dtype")),
+            AssertionError,
+            "make must return a new object",
+        ),
+        (lambda: check_model(Bag, [IDS, LABELS]), ValueError, r"batch must be \(inputs, labels\) or .*list"),
+        (lambda: check_model(Bag, (IDS,)), ValueError, "batch must be"),
+    ],
+)
+def test_wrong_use(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# check_model
+
+
+class Bag(Model):
+    """Logits from each token and the mean of all real ones, in each of its inputs."""
+
+    def __init__(self, vocab_size=7, names=("token_ids",), rate=0.0, **kwargs):
+        self.names = list(names)
+        super().__init__(**kwargs)
+        self.embedding = layers.Embedding(vocab_size, 4, name="embedding", dtype=self.dtype_policy)
+        self.dropout = layers.Dropout(rate, name="dropout", dtype=self.dtype_policy)
+        self.head = layers.Dense(vocab_size, name="head", dtype="float32")
+
+    def input_signature(self):
+        return dict.fromkeys(self.names, (None,))
+
+    def weights_of(self, ids):
+        return ops.cast(ops.not_equal(ids, 0), self.compute_dtype)[..., None]
+
+    def call(self, inputs, training=None):
+        y = 0.0
+        for name in self.names:
+            x, weights = self.embedding(inputs[name]), self.weights_of(inputs[name])
+            y = y + ops.sum(x * weights, axis=1, keepdims=True) / ops.maximum(ops.sum(weights, 1, keepdims=True), 1)
+        return self.head(self.dropout(x, training=training) + y)
+
+
+class ReadsPadding(Bag):
+    def weights_of(self, ids):
+        return ops.ones_like(super().weights_of(ids))
+
+
+class DividesByNone(Bag):
+    def call(self, inputs, training=None):
+        real = ops.sum(self.weights_of(inputs["token_ids"]), axis=1, keepdims=True)
+        return super().call(inputs, training) / real
+
+
+class RoundedLogits(Bag):
+    def call(self, inputs, training=None):
+        return ops.cast(super().call(inputs, training), self.compute_dtype)
+
+
+class ClonesWrongly(Bag):
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config({**config, "rate": 0.0})
+
+
+class BuildsLater(Bag):
+    """A model is built on two tokens; this one makes a weight when it first sees more."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.later = layers.Dense(7, name="later", dtype="float32")
+
+    def call(self, inputs, training=None):
+        y = super().call(inputs, training)
+        return self.later(y) if inputs["token_ids"].shape[1] > 2 else y
+
+
+IDS = {"token_ids": np.array([[3, 1, 4, 1, 5], [2, 6, 5, 0, 0], [3, 5, 0, 0, 0]])}
+LABELS = np.array([[1, 4, 1, 5, 2], [6, 5, 3, 0, 0], [5, 2, 0, 0, 0]])
+
+
+def test_a_good_model_passes_every_check():
+    report = check_model(lambda: Bag(rate=0.5, name="bag"), (IDS, LABELS), expected_shape=(3, 5, 7))
+    assert report.done == ALL and not report.skipped
+
+
+def test_a_model_of_two_lengths_with_weights_of_the_samples():
+    inputs = {"source_ids": np.array([[3, 1, 4, 0], [2, 0, 0, 0], [1, 2, 0, 0]]), **IDS}
+    make = lambda: Bag(names=["source_ids", "token_ids"])  # noqa: E731
+    skip = only("fit", "gradient", "padding", "all_padding")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+    report = check_model(make, (inputs, LABELS, np.arange(15.0).reshape(3, 5)), loss=loss, skip=skip)
+    assert report.done == ["fit", "gradient", "padding", "all_padding"]
+
+
+def test_a_model_without_padding():
+    report = check_model(
+        ReadsPadding, (IDS, LABELS), pad_id=None, skip=only("variable_length", "padding", "all_padding")
+    )
+    assert report.skipped["padding"] == testing.NO_PADDING and report.done == []
+
+
+@pytest.mark.parametrize(
+    "make, name, message",
+    [
+        (ReadsPadding, "padding", "output at real positions, after a change of the inputs of length 5 and 3 padded"),
+        (DividesByNone, "all_padding", "output where row 0 of the inputs of length 5 is all padding: 35 of 105"),
+        (RoundedLogits, "mixed_bfloat16", r"the outputs are \['bfloat16'\]; expected bfloat16_output='float32'"),
+        (lambda: ClonesWrongly(rate=0.5), "config", r"Dropout\.rate is 0\.0, was 0\.5"),
+        (lambda: ClonesWrongly(rate=0.5), "copy", r"after clone_model, Dropout\.rate is 0\.0, was 0\.5"),
+        (BuildsLater, "save", ""),
+    ],
+)
+def test_a_fault_of_a_model_is_named(make, name, message):
+    with pytest.raises(AssertionError, match=rf"(?s)^check_model\(.*\), {name}: .*{message}"):
+        check_model(make, (IDS, LABELS), skip=only(name))

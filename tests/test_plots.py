@@ -1,0 +1,261 @@
+"""Pictures: the right numbers, labels one can read, and files that are what they should be."""
+
+import itertools
+import sys
+import types
+import warnings
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from llmfound import plots
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def weights(rows, columns):
+    values = np.random.default_rng(0).random((rows, columns))
+    return values / values.sum(axis=1, keepdims=True)
+
+
+def words(count, prefix="word"):
+    return [f"▁{prefix}{i}" for i in range(count)]
+
+
+def labels(figure):
+    """What stands along the top and down the side."""
+    axes = figure.axes[0]
+    return [[text.get_text() for text in ticks] for ticks in (axes.get_xticklabels(), axes.get_yticklabels())]
+
+
+def boxes(texts, figure):
+    figure.canvas.draw()
+    return [text.get_window_extent() for text in texts]
+
+
+# alignment
+
+
+def test_the_picture_shows_the_weights():
+    found = weights(3, 4)
+    figure = plots.alignment(found, ["The", "cat", "sat", "."], ["Le", "chat", "."], title="A title")
+    image = figure.axes[0].images[0]
+    np.testing.assert_array_equal(image.get_array(), found)
+    assert image.get_clim() == (0, found.max())
+    dark, light = (sum(image.cmap(image.norm(v))[:3]) for v in (found.max(), 0.0))
+    assert dark < light
+    assert labels(figure) == [["The", "cat", "sat", "."], ["Le", "chat", "."]]
+    assert figure.get_suptitle() == "A title"
+
+
+def test_weights_of_padding_are_cut_and_do_not_fade_the_rest():
+    found = np.pad(weights(2, 3), ((0, 2), (0, 1)))
+    found[2:] = 50.0
+    image = plots.alignment(found, words(3), words(2)).axes[0].images[0]
+    np.testing.assert_array_equal(image.get_array(), found[:2, :3])
+    assert image.get_clim()[1] <= 1
+
+
+def test_the_first_target_word_is_at_the_top_and_its_label_beside_its_row():
+    figure = plots.alignment(weights(3, 4), words(4), words(3))
+    axes = figure.axes[0]
+    rows = [box.y0 for box in boxes(axes.get_yticklabels(), figure)]
+    assert rows == sorted(rows, reverse=True)
+    for ticks, axis in ((axes.get_xticklabels(), 0), (axes.get_yticklabels(), 1)):
+        for i, box in enumerate(boxes(ticks, figure)):
+            center = axes.transData.transform((i, i))[axis]
+            low, high = (box.x0, box.x1) if axis == 0 else (box.y0, box.y1)
+            assert low - 1 <= center <= high + 1
+    assert min(box.y0 for box in boxes(axes.get_xticklabels(), figure)) >= axes.get_window_extent().y1
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 60), (60, 1), (10, 12), (60, 60)])
+def test_labels_do_not_overlap_and_stay_in_the_picture(rows, columns):
+    figure = plots.alignment(weights(rows, columns), words(columns), words(rows, "mot"), title="T")
+    side = boxes(figure.axes[0].get_yticklabels(), figure)
+    assert all(above.y0 >= below.y1 - 1 for above, below in itertools.pairwise(side))
+    top = boxes(figure.axes[0].get_xticklabels(), figure)
+    # Text of a height h at 60 degrees leaves h / sin 60 to its neighbour.
+    height = side[0].height
+    assert all(right.x0 - left.x0 >= height / np.sin(np.pi / 3) - 2 for left, right in itertools.pairwise(top))
+    whole = figure.bbox
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.y1 <= whole.y1 for box in (*side, *top))
+    assert max(figure.get_size_inches()) < 25
+
+
+def test_accents_and_word_marks():
+    tokens = ["▁J'", "ai", "▁été", "▁naïve", "▁cœur", "▁", "…", "«", "</s>"]
+    assert labels(plots.alignment(weights(9, 9), tokens, tokens))[0] == [
+        "J'", "ai", "été", "naïve", "cœur", "▁", "…", "«", "</s>"
+    ]  # fmt: skip
+
+
+def test_long_tokens_are_cut_and_control_characters_shown():
+    tokens = ["Donaudampfschifffahrt", "exactlyfifteen.", "fourteen chars", "a\nb", "\t", "\x00"]
+    assert labels(plots.alignment(weights(1, 6), tokens, ["x"]))[0] == [
+        "Donaudampfsch…", "exactlyfiftee…", "fourteen chars", r"a\nb", r"\t", r"\x00"
+    ]  # fmt: skip
+
+
+def test_no_token_is_taken_for_a_formula(tmp_path):
+    tokens = ["$5", "$x^2$", "$\\frac{", r"\alpha", "_a_", "%", "{"]
+    figure = plots.alignment(weights(7, 7), tokens, tokens, path=tmp_path / "a.png")
+    assert labels(figure) == [tokens, tokens]
+
+
+def test_a_character_that_no_font_has_becomes_a_box_and_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "FONTS", ())
+    tokens = ["▁a東", "東京", "b"] * 5
+    with matplotlib.rc_context({"font.sans-serif": ["DejaVu Sans"]}), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure = plots.alignment(weights(15, 15), tokens, tokens, path=tmp_path / "a.png")
+        figure.canvas.draw()
+    assert [str(warning.message) for warning in caught] == ["No font here has 京 東; a box stands for each."]
+    assert labels(figure)[0][:3] == ["a□", "□□", "b"]
+
+
+def test_chinese_and_emoji_are_drawn_or_boxed(tmp_path):
+    tokens = ["▁東京", "▁ありがとう", "▁한국어", "▁🍣", "👩\u200d🚀"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure = plots.alignment(weights(5, 5), tokens, tokens, path=tmp_path / "a.png")
+    assert len(caught) <= 1 and all("a box stands for each" in str(warning.message) for warning in caught)
+    assert [len(label) for label in labels(figure)[0]] == [2, 5, 3, 1, 8]
+
+
+def test_nothing_but_zeros():
+    figure = plots.alignment(np.zeros((2, 3)), words(3), words(2))
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("ending, beginning", [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_the_ending_of_the_path_says_the_format(tmp_path, ending, beginning):
+    path = tmp_path / f"a.{ending}"
+    plots.alignment(weights(2, 2), ["a", "é"], ["b", "œ"], path=path)
+    assert path.read_bytes().startswith(beginning)
+    plots.training_curve({"loss": [2.0, 1.0]}, path=str(path))
+    assert path.read_bytes().startswith(beginning)
+
+
+def test_no_window_is_opened_and_no_global_figure_kept():
+    before = plt.get_fignums()
+    plots.alignment(weights(2, 2), ["a", "b"], ["c", "d"])
+    plots.training_curve({"loss": [1.0]})
+    assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize(
+    "found, source, target, message",
+    [
+        (np.ones(3), 3, 1, r"weights must be \(target_length, source_length\); got shape \(3,\)"),
+        (np.ones((1, 2, 3)), 3, 2, r"got shape \(1, 2, 3\)"),
+        (np.ones((2, 3)), 2, 3, r"weights \(2, 3\) must cover all tokens, \(target, source\) = \(3, 2\)"),
+        (np.ones((2, 3)), 4, 2, r"\(target, source\) = \(2, 4\)"),
+        (np.ones((2, 3)), 0, 2, r"\(target, source\) = \(2, 0\), of which there must be at least one each"),
+        (np.ones((2, 3)), 3, 0, r"\(target, source\) = \(0, 3\)"),
+        (np.array([[0.5, -0.5]]), 2, 1, "finite and not negative; got -0.5 to 0.5"),
+        (np.array([[0.5, np.nan]]), 2, 1, "finite and not negative; got nan to nan"),
+        (np.array([[0.5, np.inf]]), 2, 1, "finite and not negative; got 0.5 to inf"),
+    ],
+)
+def test_bad_weights(found, source, target, message):
+    with pytest.raises(ValueError, match=message):
+        plots.alignment(found, words(source), words(target))
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"Plots need matplotlib: pip install llmfound\[plots\]"):
+        plots.alignment(weights(1, 1), ["a"], ["b"])
+
+
+# training_curve
+
+
+def curves(figure):
+    """{panel: {label: (x, y)}}"""
+    return {
+        axes.get_title(): {line.get_label(): [list(x) for x in line.get_data()] for line in axes.lines}
+        for axes in figure.axes
+        if axes.axison
+    }
+
+
+HISTORY = {"loss": [3.0, 2.0], "learning_rate": [0.1, 0.05], "val_loss": [3.5, 2.5], "val_bleu": [10.0, 20.0]}
+EXPECTED = {
+    "loss": {"training": [[1, 2], [3.0, 2.0]], "validation": [[1, 2], [3.5, 2.5]]},
+    "learning rate": {"training": [[1, 2], [0.1, 0.05]]},
+    "bleu": {"validation": [[1, 2], [10.0, 20.0]]},
+}
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        HISTORY,
+        types.SimpleNamespace(history=HISTORY, epoch=[0, 1]),
+        [dict(zip(HISTORY, values)) for values in zip(*HISTORY.values())],
+    ],
+    ids=["dict", "History", "records"],
+)
+def test_every_quantity_has_a_panel(history):
+    figure = plots.training_curve(history, title="A run")
+    assert curves(figure) == EXPECTED
+    assert figure.get_suptitle() == "A run"
+    assert [axes.get_xlabel() for axes in figure.axes] == ["epoch"] * 3
+    assert [axes.get_legend() is not None for axes in figure.axes] == [True, False, False]
+
+
+def test_what_fit_returns():
+    import keras
+
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    history = model.fit(np.ones((4, 1)), np.ones((4, 1)), epochs=2, verbose=0)
+    assert curves(plots.training_curve(history)) == {"loss": {"training": [[1, 2], history.history["loss"]]}}
+
+
+def test_steps_and_gaps():
+    records = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": np.nan, "val_loss": 2.5}, {"step": 30, "loss": 2.0}]
+    figure = plots.training_curve(records)
+    assert curves(figure) == {"loss": {"training": [[10, 30], [3.0, 2.0]], "validation": [[20], [2.5]]}}
+    assert figure.axes[0].get_xlabel() == "step"
+    assert "step" in records[0]
+
+
+@pytest.mark.parametrize("count, shape", [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3)), (7, (3, 3))])
+def test_panels_fill_rows(count, shape):
+    figure = plots.training_curve({f"metric_{i}": [1.0, 2.0] for i in range(count)})
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == shape
+    assert sum(axes.axison for axes in figure.axes) == count == len(curves(figure))
+
+
+def test_ticks_of_one_epoch_are_whole_numbers():
+    figure = plots.training_curve({"loss": [2.0]})
+    figure.canvas.draw()
+    shown = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert shown and all(text.lstrip("−").isdigit() for text in shown)
+
+
+@pytest.mark.parametrize(
+    "history, message",
+    [
+        ({}, "at least one quantity and one point; got lengths {}"),
+        ([], "at least one quantity and one point; got lengths {}"),
+        ({"loss": []}, "at least one quantity and one point; got lengths {'loss': 0}"),
+        ({"step": [1, 2]}, "at least one quantity"),
+        ({"loss": [1, 2], "val_loss": [1]}, "lists of one length; got {'loss': 2, 'val_loss': 1}, and 2 on"),
+        ({"loss": [1, 2], "step": [1, 2, 3]}, "one length; got {'loss': 2}, and 3 on the horizontal axis"),
+    ],
+)
+def test_bad_histories(history, message):
+    with pytest.raises(ValueError, match=message):
+        plots.training_curve(history)
