@@ -39,9 +39,9 @@ test-slow: MARK = slow
 test test-slow: setup
 	@mkdir -p runs && rm -f runs/test-*.log
 	@echo "testing on $(BACKENDS), $(JOBS) at a time; each log is shown when it is complete"
-	@printf '%s\n' $(BACKENDS) | xargs -P $(JOBS) -I BACKEND sh -c \
-	  'KERAS_BACKEND=BACKEND $(VENV)/bin/python -m pytest -m "$(MARK)" >runs/test-BACKEND.log 2>&1; \
-	   code=$$?; cat runs/test-BACKEND.log; exit $$code'; \
+	@printf '%s\n' $(BACKENDS) | xargs -P $(JOBS) -I {} sh -c \
+	  'KERAS_BACKEND={} $(VENV)/bin/python -m pytest -m "$(MARK)" >runs/test-{}.log 2>&1; \
+	   code=$$?; cat runs/test-{}.log; grep -qx "backend: {}" runs/test-{}.log && exit $$code'; \
 	code=$$?; \
 	for backend in $(BACKENDS); do printf '%-10s  ' $$backend; tail -n 1 runs/test-$$backend.log; done; \
 	exit $$code

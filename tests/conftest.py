@@ -18,6 +18,10 @@ if keras.backend.backend() == "torch":
     torch.set_num_threads(1)
 
 
+def pytest_report_header():
+    return f"backend: {keras.backend.backend()}"
+
+
 @pytest.fixture(autouse=True)
 def fresh_session():
     """Every test starts from seed 0 and leaves no names, policies or seeds behind."""
