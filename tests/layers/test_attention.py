@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from llmfound import kernels
 from llmfound.layers import AdditiveAttention, MultiHeadAttention, MultiHeadSelfAttention
 from llmfound.testing import assert_close, check_layer, fixture
 
@@ -380,3 +381,13 @@ def test_a_missing_memory():
 def test_a_mask_of_another_rank():
     with pytest.raises(ValueError, match=r"An attention mask is .*; got shape \(5,\)"):
         MultiHeadAttention(DIM, HEADS)(QUERY, MEMORY, mask=PADDING[0])
+
+
+def test_scaled_scores_of_unit_normals_have_unit_variance():
+    """The reason for the factor 1 / sqrt(d_k). Source: Vaswani et al. 2017, section 3.2.1, footnote 4."""
+    rng = np.random.default_rng(0)
+    query, key = (ops.convert_to_tensor(rng.standard_normal((1, 1, n, 64)).astype("float32")) for n in (50, 2000))
+    scores = np.log(numpy(kernels.attention_weights(query, key)))  # but for a constant of each query
+    np.testing.assert_allclose(scores.var(axis=-1).mean(), 1, atol=0.1)
+    products = numpy(query) @ numpy(key).swapaxes(-1, -2)
+    np.testing.assert_allclose(products.var(axis=-1).mean(), 64, atol=6)

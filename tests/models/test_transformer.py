@@ -176,19 +176,45 @@ def test_steps_with_a_cache_equal_the_full_pass(norm, beams):
 
 
 def test_one_matrix_serves_both_embeddings_and_the_output():
-    matrices = [w for w in published().trainable_weights if tuple(w.shape) == (11, 8)]
-    assert len(matrices) == 1
+    """Its gradient is the sum of the three uses: that of finite differences, which change all three at once."""
+    model = with_fixture_weights(tiny(num_layers=1))
+    assert len([w for w in model.trainable_weights if tuple(w.shape) == (11, 8)]) == 1
+    inputs, labels = batch(source=[[3, 3, 4]], target=[[2, 2, 5]]), np.array([[6, 6, 7]], "int32")
+    matrix = numpy(model.token_embedding.embeddings).copy()
 
-    def gradient_of_embedding(inputs, labels):
-        model = with_fixture_weights(tiny(num_layers=1))
-        model.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        before = numpy(model.token_embedding.embeddings).copy()
-        model.train_on_batch(inputs, np.array(labels))
-        return before - numpy(model.token_embedding.embeddings)
+    def loss(change):
+        model.token_embedding.embeddings.assign(matrix + change)
+        logits = numpy(model(inputs)).astype("float64")[0]
+        return np.mean(np.log(np.exp(logits).sum(-1)) - logits[np.arange(3), labels[0]])
 
-    gradient = gradient_of_embedding(batch(source=[[3, 3]], target=[[2, 2]]), [[6, 6]])
-    assert np.abs(gradient[[3, 2, 6]]).max(axis=1).min() > 1e-3  # source row, target row, label row
-    assert np.abs(gradient[9]).max() > 1e-5  # every row, as a class that was not meant
+    places = [(3, 0), (4, 5), (2, 1), (5, 6), (6, 2), (7, 7), (9, 3)]  # of the source, the target, the labels, none
+    expected = []
+    for place in places:
+        change = np.zeros_like(matrix)
+        change[place] = 1e-2
+        expected.append((loss(change) - loss(-change)) / 2e-2)
+    model.token_embedding.embeddings.assign(matrix)
+    model.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.train_on_batch(inputs, labels)
+    gradient = matrix - numpy(model.token_embedding.embeddings)
+    assert_close([gradient[place] for place in places], expected, 1e-3)
+    assert min(np.abs(expected)) > 1e-3
+
+
+class Unordered(Transformer):
+    def embed(self, token_ids, start=None, training=None):
+        return self.token_embedding(token_ids) * self.scale
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_an_encoder_without_positions_does_not_know_their_order(norm):
+    order = [4, 2, 0, 1, 3]
+    model = with_fixture_weights(tiny(norm=norm))
+    source = np.array([[3, 1, 4, 7, 5]], "int32")
+    known = numpy(model.encode(source))[:, order], numpy(model.encode(source[:, order]))
+    assert np.abs(known[0] - known[1]).max() > 0.1
+    model = with_fixture_weights(Unordered(**TINY, norm=norm))
+    assert_close(model.encode(source[:, order]), numpy(model.encode(source))[:, order], 1e-5)
 
 
 def test_scaled_embeddings_have_unit_variance():
