@@ -120,7 +120,7 @@ def test_budget_in_real_time():
     assert -0.2 < late < 1.5  # machines that are shared stall
     assert budget.rate < 0.05 * 0.5
     np.testing.assert_allclose(float(ops.convert_to_numpy(model.optimizer.learning_rate)), budget.rate, rtol=1e-5)
-    assert budget.remaining == 0 and model.stop_training
+    assert budget.remaining < 0.2 and model.stop_training  # it ends before a step that would end too late
 
 
 def test_too_few_epochs_are_reported(clock):
