@@ -10,7 +10,7 @@ from keras import ops
 
 TEXT = """Milliseconds of the fastest call, forward and backward, compiled by XLA on JAX and as a graph on TensorFlow:
 `dropout` of {batch} x {dim} numbers; `token_cross_entropy` of {batch} x {vocabulary} logits, label smoothing 0.1;
-`dot_product_attention` of {sentences} sentences of {length} tokens, {heads} heads of 64; `adam_update` of the weights
+`adam_update` of the weights
 of {layers} layers of width {dim} and {vocabulary} embeddings; `write` of one token into a cache of {length} for
 {sentences} sentences, `top_k` the 8 largest of {batch} x {vocabulary} logits, `unfold` {length} steps of a recurrence,
 `compiled` a Transformer of one layer, all four forward alone; `fast_matmul` for ({batch}, {dim}) x ({dim}, {inner})."""
@@ -87,12 +87,6 @@ def token_cross_entropy(kernel, sizes):
     labels = ops.arange(sizes["batch"], dtype="int32") % sizes["vocabulary"]
     logits = normal(sizes["batch"], sizes["vocabulary"])
     return forward_and_backward(lambda logits: kernel(logits, labels, 0.1), logits)
-
-
-def dot_product_attention(kernel, sizes):
-    shape = sizes["sentences"], sizes["length"], sizes["heads"], 64
-    mask = ops.arange(sizes["length"])[None, None, None] < sizes["length"] - 2
-    return forward_and_backward(lambda q, k, v: kernel(q, k, v, mask), normal(*shape), normal(*shape), normal(*shape))
 
 
 def adam_update(kernel, sizes):
@@ -174,9 +168,7 @@ def fast_matmul(kernel, sizes):
     return run
 
 
-CASES = [
-    dropout, token_cross_entropy, dot_product_attention, adam_update, write, top_k, unfold, compiled, fast_matmul
-]  # fmt: skip
+CASES = [dropout, token_cross_entropy, adam_update, write, top_k, unfold, compiled, fast_matmul]
 
 
 def build(sizes):
