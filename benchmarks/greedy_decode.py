@@ -1,6 +1,6 @@
-"""Decoding with a Transformer.
+"""Greedy decoding with a Transformer.
 
-One call translates a batch, greedily or with a beam of 4, and always to full length. How fast is ours beside Hugging
+One call translates a batch, always to full length. How fast is ours beside Hugging
 Face Marian's `generate` and KerasHub's BART, with the same sizes?
 """
 
@@ -44,9 +44,7 @@ def ours(fast_matmul=False):
         )
         inputs = {"source_ids": source(sizes)}
         ids = dict(max_length=sizes["new"], start_id=1, end_id=None)
-        if sizes["beams"] == 1:
-            return checked(lambda: llmfound.decoding.greedy(model, inputs, **ids), sizes)
-        return checked(lambda: llmfound.decoding.beam_search(model, inputs, beam_size=sizes["beams"], **ids), sizes)
+        return checked(lambda: llmfound.decoding.greedy(model, inputs, **ids), sizes)
 
     return build
 
@@ -80,7 +78,7 @@ def marian(one_dnn=False):
         ids = torch.from_numpy(source(sizes)).long()
         inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
         limits = dict(min_new_tokens=sizes["new"], max_new_tokens=sizes["new"])
-        return checked(lambda: model.generate(**inputs, **limits, num_beams=sizes["beams"], do_sample=False), sizes)
+        return checked(lambda: model.generate(**inputs, **limits, num_beams=1, do_sample=False), sizes)
 
     return build
 
@@ -97,8 +95,7 @@ def keras_hub(sizes):
         max_sequence_length=256,
     )
     model = keras_hub.models.BartSeq2SeqLM(backbone=backbone, preprocessor=None)
-    beams = sizes["beams"]
-    model.compile(sampler="greedy" if beams == 1 else keras_hub.samplers.BeamSampler(num_beams=beams))
+    model.compile(sampler="greedy")
     ids = source(sizes)
     target = np.zeros((sizes["batch"], sizes["new"] + 1), "int32")
     target[:, 0] = 1
@@ -124,8 +121,4 @@ SYSTEMS = [
 ]
 
 if __name__ == "__main__":
-    experiments = [
-        Experiment("Greedy", TEXT, dict(FULL, beams=1), dict(SMOKE, beams=1)),
-        Experiment("Beam of 4", "The same, with a beam.", dict(FULL, beams=4), dict(SMOKE, beams=4)),
-    ]
-    main(__file__, __doc__, SYSTEMS, experiments, rounds=3, calls=2)
+    main(__file__, __doc__, SYSTEMS, [Experiment("6 + 6 layers, width 512", TEXT, FULL, SMOKE)], rounds=3, calls=2)

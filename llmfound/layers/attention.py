@@ -119,6 +119,10 @@ class MultiHeadAttention(Layer):
         """Keys and values of a memory, each (batch, heads, length, head_dim); a decoder computes them once."""
         return self.split(self.key(memory)), self.split(self.value(memory))
 
+    def remember(self, memory):
+        """`project`, laid out for many calls of `step`, which would else bring it into order each time."""
+        return tuple(ops.unstack(ops.stack(self.project(memory))))
+
     def attend(self, query, key, value, mask=None, bias=None, training=None):
         """What the heads read, (batch, heads, queries, head_dim): the method that papers change.
 
@@ -152,7 +156,7 @@ class MultiHeadAttention(Layer):
         return self.join(self.read(weights, value, training)), weights
 
     def step(self, query, memory, mask=None):
-        """For decoding: queries (rows, 1, query_dim) look at `memory`, the keys and values from `project`.
+        """For decoding: queries (rows, 1, query_dim) look at `memory`, the keys and values from `remember`.
 
         rows is a multiple of the memory's batch; the rows of one sentence, its beams, stand together and share its
         memory without copies. Returns float (rows, 1, hidden_dim).

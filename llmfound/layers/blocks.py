@@ -115,7 +115,7 @@ class TransformerBlock(Layer):
             x: float (rows, 1, hidden_dim).
             cache: from `start` or the step before; it is used up.
             position: int, from 0.
-            memory: `self.cross_attention.project(memory)`, (batch, heads, memory_length, head_dim) each; rows is a
+            memory: `self.cross_attention.remember(memory)`, (batch, heads, memory_length, head_dim) each; rows is a
                 multiple of batch, and the rows of one sentence stand together.
             memory_mask: bool (batch, memory_length).
 

@@ -154,7 +154,7 @@ class Transformer(Model):
         mask = padding_mask(inputs["source_ids"], self.pad_id)
         memory = self.encode(inputs["source_ids"], mask)
         return {
-            "memory": {"mask": mask, "keys": [block.cross_attention.project(memory) for block in self.decoder_blocks]},
+            "memory": {"mask": mask, "keys": [block.cross_attention.remember(memory) for block in self.decoder_blocks]},
             "cache": [block.start(memory.shape[0], max_length) for block in self.decoder_blocks],
             "position": 0,
         }

@@ -257,7 +257,7 @@ def test_beams_share_a_memory(beams, mask):
     layer = filled(MultiHeadAttention(DIM, HEADS, use_bias=True), QUERY, MEMORY)
     rows = fixture("rows", (BATCH * beams, 1, DIM)).astype("float32")
     repeated = [None if x is None else np.repeat(x, beams, axis=0) for x in (MEMORY, mask)]
-    output = layer.step(ops.convert_to_tensor(rows), layer.project(MEMORY), mask)
+    output = layer.step(ops.convert_to_tensor(rows), layer.remember(MEMORY), mask)
     assert_close(output, layer(rows, repeated[0], mask=repeated[1]), 2e-6)
 
 

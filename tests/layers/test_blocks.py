@@ -138,7 +138,7 @@ def test_return_weights(block_class):
 def test_steps_equal_the_causal_call(block_class):
     """Of two beams of one sentence; those of several sentences are tested with the attention."""
     block = filled(block_class(**SIZES, **DECODER, use_bias=True), X, MEMORY)
-    cache, keys = block.start(2, LENGTH + 1), block.cross_attention.project(MEMORY[:1])
+    cache, keys = block.start(2, LENGTH + 1), block.cross_attention.remember(MEMORY[:1])
     assert [tuple(c.shape) for c in cache] == [(2, HEADS, LENGTH + 1, DIM // HEADS)] * 2
     outputs = []
     for position in range(LENGTH):
