@@ -105,6 +105,11 @@ class TranslationBatches(keras.utils.PyDataset):
         self._asked = None
         self._batches = self._order(epoch)
 
+    @property
+    def asked(self):
+        """bool (batches,), True for the batches of the current pass that were asked for; None before it begins."""
+        return self._asked
+
     def __len__(self):
         return len(self._batches)
 

@@ -1,7 +1,8 @@
-"""What a run needs beside model and data: learning rates, losses, metrics, callbacks, averaging of checkpoints."""
+"""What a run needs beside model and data: learning rates, losses, metrics, callbacks, checkpoints."""
 
-from llmfound.training.averaging import LastCheckpoints, average_weights
+from llmfound.training.averaging import average_weights
 from llmfound.training.callbacks import Progress, TimeBudget
+from llmfound.training.checkpoints import Checkpoints
 from llmfound.training.losses import SmoothedCrossEntropy
 from llmfound.training.metrics import BLEU, Perplexity, TokenAccuracy, bleu
 from llmfound.training.optimizers import Adam, AdamW

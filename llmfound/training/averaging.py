@@ -1,16 +1,14 @@
-"""The mean of the last checkpoints: written during training, averaged after it."""
+"""The mean of the last checkpoints."""
 
 import io
-import os
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
 import h5py
-import keras
 import numpy as np
-from keras import ops
+
+from llmfound.training.checkpoints import is_checkpoint, model_variables, read_checkpoint
 
 
 def average_weights(paths, model=None):
@@ -24,7 +22,7 @@ def average_weights(paths, model=None):
     Args:
         paths: sequence of paths, each ending in .weights.h5, .keras or .safetensors; one format for all.
         model: a built keras.Model that gets the mean; its optimizer keeps its state. Tensors of a .safetensors file
-            must have the paths of the model's weights as names. None loads nothing.
+            that `Checkpoints` has not written must have the paths of the model's weights as names. None loads nothing.
 
     Returns:
         dict of arrays by their names in the files.
@@ -64,12 +62,21 @@ def _read(path):
         raise ValueError(f"checkpoint {path} does not exist.")
     try:
         if path.suffix == ".safetensors":
+            if is_checkpoint(path):
+                return {name: array for name, array in read_checkpoint(path)[0].items() if name.startswith("model/")}
             return load_file(path)
-        archived = path.suffix == ".keras"
-        with h5py.File(io.BytesIO(zipfile.ZipFile(path).read("model.weights.h5")) if archived else path) as file:
+        with h5py.File(_unpacked(path) if path.suffix == ".keras" else path) as file:
             return {name: _array(dataset) for name, dataset in _datasets(file).items()}
     except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} cannot be read, is truncated or has another format: {error}") from error
+
+
+def _unpacked(path):
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo("model.weights.h5")
+        if entry.file_size > path.stat().st_size:  # Keras compresses nothing, and a small file must not fill the memory
+            raise OSError(f"{entry.filename} has {entry.file_size} bytes, more than the file it is in")
+        return io.BytesIO(archive.read(entry))
 
 
 def _is_float(array):
@@ -91,8 +98,15 @@ def _datasets(file):
 def _array(dataset):
     if dataset.external or dataset.is_virtual:
         raise OSError(f"{dataset.name} lies in another file")
+    if dataset.nbytes > dataset.id.get_storage_size():
+        raise OSError(f"{dataset.name} has {dataset.nbytes} bytes, more than are stored")
+    if dataset.dtype.hasobject:
+        raise OSError(f"{dataset.name} holds {dataset.dtype}, no numbers")
     array = np.asarray(dataset[()])
-    return array.view(dataset.attrs["dtype"]) if "dtype" in dataset.attrs else array  # bfloat16 is stored as raw bytes
+    try:
+        return array.view(dataset.attrs["dtype"]) if "dtype" in dataset.attrs else array  # bfloat16 is stored as bytes
+    except (TypeError, ValueError) as error:
+        raise OSError(f"{dataset.name} holds {array.dtype}, not {dataset.attrs['dtype']}: {error}") from error
 
 
 def _check_same(path, arrays, other_path, others):
@@ -120,93 +134,9 @@ def _load_by_structure(arrays, model, path):
 
 
 def _load_by_path(arrays, model, path):
-    weights = {weight.path: weight for weight in model.weights}
+    weights = model_variables(model) if is_checkpoint(path) else {weight.path: weight for weight in model.weights}
     if len(weights) < len(model.weights):
         raise ValueError(f"weights of model {model.name!r} share a path, so that names do not tell them apart.")
     _check_same(path, arrays, f"model {model.name!r}", weights)
     for name, weight in weights.items():
         weight.assign(arrays[name])
-
-
-class LastCheckpoints(keras.callbacks.Callback):
-    """Writes checkpoints at regular distances, and one at the end of training, and keeps the last few.
-
-    The files, `step-<updates of the optimizer>.weights.h5`, are those of `model.save_weights`: weights, and the
-    optimizer's state, with which training can be resumed. A file is written under another name first, so that a
-    run that is killed leaves whole checkpoints only.
-    Source: Vaswani et al. 2017, section 6.1: the last 5 for the base model, written every 10 minutes.
-
-    Args:
-        folder: path, made if need be. A run that starts afresh needs one without checkpoints.
-        keep: int, the number of files kept; older ones are removed.
-        steps: int, batches from one checkpoint to the next; or
-        minutes: float, minutes from one checkpoint to the next.
-
-    Raises:
-        ValueError: if `keep` is not positive, or not exactly one of `steps` and `minutes` is given and positive; in
-            `fit`, if the folder holds checkpoints of more steps than the optimizer has made.
-    """
-
-    def __init__(self, folder, keep=5, steps=None, minutes=None):
-        super().__init__()
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1; got {keep}.")
-        if (steps is None) == (minutes is None) or (minutes if steps is None else steps) <= 0:
-            raise ValueError(f"exactly one of steps and minutes must be given, positive; got {steps} and {minutes}.")
-        self.folder = Path(folder)
-        self.keep = keep
-        self.steps = steps
-        self.minutes = minutes
-
-    @property
-    def paths(self):
-        """list of Path, the checkpoints in the folder, oldest first."""
-        return sorted(self.folder.glob("step-*.weights.h5"))
-
-    def average(self, model):
-        """Loads the mean of the checkpoints in the folder into `model`; see `average_weights` for errors.
-
-        Returns:
-            list of Path, the files averaged.
-        """
-        paths = self.paths
-        if not paths:
-            raise ValueError(f"{self.folder} holds no checkpoint.")
-        average_weights(paths, model)
-        return paths
-
-    def on_train_begin(self, logs=None):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.steps_per_call = self.model.steps_per_execution
-        updates = self._updates()
-        if self.paths and updates < int(self.paths[-1].name.removeprefix("step-").removesuffix(".weights.h5")):
-            raise ValueError(
-                f"{self.folder} holds checkpoints of another run, up to {self.paths[-1].name}, and this one is at "
-                f"step {updates}; choose an empty folder, or load that checkpoint before `fit`."
-            )
-        self.done = self.saved_at = 0
-        self.saved_time = time.monotonic()
-
-    def on_train_batch_begin(self, batch, logs=None):
-        # At the end of a batch, Keras would wait for the device every time before it called us.
-        if self.minutes is None:
-            due = self.done - self.saved_at >= self.steps
-        else:
-            due = time.monotonic() - self.saved_time >= 60 * self.minutes
-        if due:
-            self._save()
-        self.done += self.steps_per_call
-
-    def on_train_end(self, logs=None):
-        self._save()
-
-    def _updates(self):
-        return int(ops.convert_to_numpy(self.model.optimizer.iterations))
-
-    def _save(self):
-        partial = self.folder / "partial.weights.h5"
-        self.model.save_weights(partial)  # on JAX, `self.model` has put the state of the epoch back into the weights
-        os.replace(partial, self.folder / f"step-{self._updates():09d}.weights.h5")
-        for path in self.paths[: -self.keep]:
-            path.unlink()
-        self.saved_at, self.saved_time = self.done, time.monotonic()

@@ -205,6 +205,14 @@ def test_the_epoch_advances_after_a_whole_pass_only():
     assert contents(batches) == first
 
 
+def test_what_was_asked_for_tells_the_order():
+    batches = TranslationBatches(random_pairs(60), Letters(), batch_tokens=60)
+    assert batches.asked is None
+    batches.on_epoch_begin()
+    batches[1]
+    assert np.flatnonzero(batches.asked).tolist() == [1]
+
+
 def test_many_threads_may_ask_at_once():
     batches = TranslationBatches(random_pairs(300), Letters(), batch_tokens=60)
     alone = [batches[i] for i in range(len(batches))]

@@ -1,6 +1,5 @@
-"""The mean of checkpoints, and the callback that writes them."""
+"""The mean of checkpoints."""
 
-import os
 import zipfile
 
 import keras
@@ -9,7 +8,7 @@ import pytest
 from keras import ops
 from safetensors.numpy import save_file
 
-from llmfound.training import LastCheckpoints, average_weights, averaging
+from llmfound.training import average_weights
 
 X = np.ones((12, 3), "float32")
 
@@ -169,96 +168,3 @@ def test_another_model_is_left_as_it_was(tmp_path, ending):
         average_weights([path], other)
     for name, array in values(other).items():
         np.testing.assert_array_equal(array, before[name])
-
-
-class Record(keras.callbacks.Callback):
-    """The kernel before every step and after the last."""
-
-    def on_train_begin(self, logs=None):
-        self.kernels = []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.kernels.append(ops.convert_to_numpy(self.model.layers[0].kernel).copy())
-
-    def on_train_end(self, logs=None):
-        self.on_train_batch_begin(None)
-
-
-def test_every_so_many_steps(tmp_path):
-    model, record = make_model(), Record()
-    checkpoints = LastCheckpoints(tmp_path / "run", keep=3, steps=4)
-    model.fit(X, X[:, :2], batch_size=2, epochs=3, verbose=0, callbacks=[checkpoints, record])  # 18 steps
-    names = [path.name for path in checkpoints.paths]
-    assert names == [f"step-{step:09d}.weights.h5" for step in (12, 16, 18)]
-    assert sorted(os.listdir(tmp_path / "run")) == names
-    for step, path in zip((12, 16, 18), checkpoints.paths):
-        model.load_weights(path)
-        np.testing.assert_array_equal(ops.convert_to_numpy(model.layers[0].kernel), record.kernels[step])
-    assert checkpoints.average(model) == checkpoints.paths
-    expected = np.mean([record.kernels[step] for step in (12, 16, 18)], axis=0, dtype="float64")
-    np.testing.assert_array_equal(ops.convert_to_numpy(model.layers[0].kernel), expected.astype("float32"))
-
-
-def test_every_so_many_minutes(tmp_path, monkeypatch):
-    class Clock(keras.callbacks.Callback):
-        now = 0.0
-
-        def monotonic(self):
-            return self.now
-
-        def on_train_batch_end(self, batch, logs=None):
-            self.now += 10
-
-    clock = Clock()
-    monkeypatch.setattr(averaging, "time", clock)
-    checkpoints = LastCheckpoints(tmp_path, keep=10, minutes=1)
-    make_model().fit(X, X[:, :2], batch_size=1, epochs=2, verbose=0, callbacks=[checkpoints, clock])
-    assert [int(path.name[5:14]) for path in checkpoints.paths] == [6, 12, 18, 24]
-
-
-def test_checkpoints_do_not_change_the_training(tmp_path):
-    kernels = []
-    for callbacks in ([], [LastCheckpoints(tmp_path, steps=1)]):
-        keras.utils.set_random_seed(0)
-        model = make_model()
-        model.fit(X, X[:, :2], batch_size=4, epochs=2, verbose=0, callbacks=callbacks)
-        kernels.append(ops.convert_to_numpy(model.layers[0].kernel))
-    np.testing.assert_array_equal(*kernels)
-
-
-def test_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(averaging.os, "replace", fail)
-    checkpoints = LastCheckpoints(tmp_path, steps=1)
-    with pytest.raises(OSError, match="disk full"):
-        make_model().fit(X, X[:, :2], verbose=0, callbacks=[checkpoints])
-    assert checkpoints.paths == []
-    with pytest.raises(ValueError, match="holds no checkpoint"):
-        checkpoints.average(make_model())
-
-
-def test_folder_of_another_run_is_refused_and_a_resumed_run_goes_on(tmp_path):
-    model = make_model()
-    model.fit(X, X[:, :2], batch_size=6, verbose=0, callbacks=[LastCheckpoints(tmp_path, steps=1)])
-    with pytest.raises(ValueError, match=r"another run, up to step-000000002\.weights\.h5, and this one is at step 0"):
-        make_model().fit(X, X[:, :2], verbose=0, callbacks=[LastCheckpoints(tmp_path, steps=1)])
-    again = LastCheckpoints(tmp_path, steps=1)
-    model.fit(X, X[:, :2], batch_size=6, verbose=0, callbacks=[again])
-    assert [int(path.name[5:14]) for path in again.paths] == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    "arguments, match",
-    [
-        ({"keep": 0, "steps": 1}, "keep must be at least 1; got 0"),
-        ({}, "got None and None"),
-        ({"steps": 1, "minutes": 1}, "got 1 and 1"),
-        ({"steps": 0}, "got 0 and None"),
-        ({"minutes": -1}, "got None and -1"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, match):
-    with pytest.raises(ValueError, match=match):
-        LastCheckpoints("unused", **arguments)

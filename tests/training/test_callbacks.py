@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from llmfound.training import LastCheckpoints, LinearWarmupDecay, Perplexity, Progress, TimeBudget, callbacks
+from llmfound.training import Checkpoints, LinearWarmupDecay, Perplexity, Progress, TimeBudget, callbacks
 
 X = np.ones((24, 1), "float32")
 
@@ -236,7 +236,7 @@ def test_steps_do_not_wait_for_the_callbacks(tmp_path):
         X,
         epochs=10**6,
         verbose=0,
-        callbacks=[budget, LastCheckpoints(tmp_path, steps=10**6), Watched(10, budget=budget)],
+        callbacks=[budget, Checkpoints(tmp_path, steps=10**6), Watched(10, budget=budget)],
     )
     assert threads and threading.main_thread() not in threads
 
