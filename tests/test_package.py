@@ -26,6 +26,7 @@ BELOW = {
     "kernels": {"kernels"},
     "ops": {"kernels"},
     "base": {"kernels"},
+    "random": {"kernels"},
     "layers": {"kernels", "ops", "base", "layers"},
     "models": {"kernels", "ops", "base", "layers", "models"},
     **{

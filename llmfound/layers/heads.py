@@ -48,10 +48,13 @@ class MaskedLMHead(Layer):
         self.dense = layers.Dense(hidden_dim, kernel_initializer=initializer, name="dense", **policy)
         self.norm = layers.LayerNormalization(epsilon=epsilon, name="norm", **policy)
 
-    def build(self, *shapes, **named_shapes):
+    def build(self, x_shape, masked_positions_shape=None, embeddings_shape=None):
         self.bias = self.add_weight(
             shape=(self.vocab_size,), initializer="zeros", name="bias", dtype="float32", autocast=False
         )
+        for layer, width in ((self.dense, x_shape[-1]), (self.norm, self.hidden_dim)):
+            if not layer.built:  # a saved head has built them already
+                layer.build((None, None, width))
 
     def call(self, x, masked_positions, embeddings):
         if tuple(embeddings.shape) != (self.vocab_size, self.hidden_dim):
