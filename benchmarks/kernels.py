@@ -13,11 +13,13 @@ TEXT = """Milliseconds of the fastest call, forward and backward, compiled by XL
 `adam_update` of the weights
 of {layers} layers of width {dim} and {vocabulary} embeddings; `write` of one token into a cache of {length} for
 {sentences} sentences, `top_k` the 8 largest of {batch} x {vocabulary} logits, `unfold` {length} steps of a recurrence,
-`compiled` a Transformer of one layer, all four forward alone; `fast_matmul` for ({batch}, {dim}) x ({dim}, {inner})."""
+`compiled` a Transformer of one layer, `dense` from width {head_dim} to itself, `layer_norm`, `split_heads`,
+`join_heads` and `dot_product_attention` (over {length} keys) for one position of {sentences} sentences and {heads}
+heads of {head_dim}, all forward alone; `fast_matmul` for ({batch}, {dim}) x ({dim}, {inner})."""
 FULL = dict(
-    batch=1024, dim=512, inner=2048, vocabulary=8000, sentences=32, length=64, heads=8, layers=12
+    batch=1024, dim=512, inner=2048, vocabulary=8000, sentences=32, length=64, heads=8, head_dim=64, layers=12
 )  # fmt: skip
-SMOKE = dict(batch=16, dim=32, inner=64, vocabulary=100, sentences=2, length=8, heads=2, layers=1)
+SMOKE = dict(batch=16, dim=32, inner=64, vocabulary=100, sentences=2, length=8, heads=2, head_dim=4, layers=1)
 
 
 def normal(*shape):
@@ -115,9 +117,39 @@ def adam_update(kernel, sizes):
     return lambda: jax.block_until_ready(run([variable.value for variable in variables], 10.0))
 
 
+def position(sizes):
+    """One position of each sentence, float (sentences, 1, heads * head_dim)."""
+    return normal(sizes["sentences"], 1, sizes["heads"] * sizes["head_dim"])
+
+
+def heads(sizes, length):
+    return normal(sizes["sentences"], sizes["heads"], length, sizes["head_dim"])
+
+
+def dense(kernel, sizes):
+    x, weights = normal(sizes["sentences"], 1, sizes["head_dim"]), normal(sizes["head_dim"], sizes["head_dim"])
+    return forward(kernel, x, weights)
+
+
+def layer_norm(kernel, sizes):
+    x = position(sizes)
+    return forward(lambda x, gamma, beta: kernel(x, gamma, beta, 1e-6), x, *[normal(x.shape[-1]) for _ in range(2)])
+
+
+def split_heads(kernel, sizes):
+    return forward(lambda x: kernel(x, sizes["heads"]), position(sizes))
+
+
+def join_heads(kernel, sizes):
+    return forward(kernel, heads(sizes, 1))
+
+
+def dot_product_attention(kernel, sizes):
+    return forward(kernel, heads(sizes, 1), *[heads(sizes, sizes["length"]) for _ in range(2)])
+
+
 def write(kernel, sizes):
-    shape = sizes["heads"], 64
-    cache, update = normal(sizes["sentences"], sizes["length"], *shape), normal(sizes["sentences"], 1, *shape)
+    cache, update = heads(sizes, sizes["length"]), heads(sizes, 1)
     return forward(lambda cache, update: kernel(cache, update, 3), cache, update)
 
 
@@ -168,7 +200,10 @@ def fast_matmul(kernel, sizes):
     return run
 
 
-CASES = [dropout, token_cross_entropy, adam_update, write, top_k, unfold, compiled, fast_matmul]
+CASES = [
+    dense, layer_norm, split_heads, join_heads, dot_product_attention, dropout, token_cross_entropy, adam_update, write,
+    top_k, unfold, compiled, fast_matmul,
+]  # fmt: skip
 
 
 def build(sizes):

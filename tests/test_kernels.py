@@ -13,6 +13,7 @@ from keras import ops
 
 from llmfound import kernels
 from llmfound.kernels import reference
+from llmfound.random import portable
 from llmfound.testing import assert_close, fixture
 
 
@@ -146,6 +147,36 @@ def test_a_backend_without_kernels_is_refused():
 
 
 # Softmax and attention
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (5, 4)])
+def test_dense(shape, bias):
+    values = random(*shape), random(4, 3, seed=1), *([random(3, seed=2)] if bias else [])
+    assert_equals_numpy("dense", lambda x, kernel, bias=0: x @ kernel + bias, *values)
+
+
+def test_layer_norm():
+    def definition(x, gamma=1, beta=0):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt(x.var(-1, keepdims=True) + 1e-3) * gamma + beta
+
+    def call(body):
+        return lambda x, gamma=None, beta=None: body(x, gamma, beta, 1e-3)
+
+    x, gamma, beta = random(2, 3, 6), random(6, seed=1), random(6, seed=2)
+    assert_equals_numpy("layer_norm", definition, x, gamma, beta, call=call, value_tolerance=2e-6)
+    assert_equals_numpy("layer_norm", definition, x, call=call, value_tolerance=2e-6)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_heads_are_split_and_joined(length):
+    x = random(2, length, 6)
+    heads = x.reshape(2, length, 3, 2).transpose(0, 2, 1, 3)
+    for body in bodies("split_heads"):
+        assert_close(body(ops.convert_to_tensor(x), 3), heads, 0)
+    for body in bodies("join_heads"):
+        assert_close(body(ops.convert_to_tensor(heads)), x, 0)
 
 
 def softmax(scores):
@@ -470,6 +501,71 @@ def test_fit_draws_a_fresh_mask_at_every_step():
     assert set(np.unique(hits)) == set(range(steps + 1))
     assert abs(hits.mean() - steps / 2) < 0.05 and abs(hits.var() - steps / 4) < 0.1
     assert int(numpy(generator.state.value)[1]) == steps
+
+
+# Portable bits
+
+
+def hashed(words, index):
+    """The hash in Python's unbounded integers."""
+
+    def mixed(x, key):
+        x = (x + key) * 0x9E3779B9 % 2**32
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
+
+    first = mixed(words[0], 1)
+    second = mixed(words[1], first)
+    return mixed(mixed(index, mixed(first, second)), second)
+
+
+@pytest.mark.parametrize("words", [(0, 0), (5, 1), (2**31 - 1, 2**31), (2**32 - 1, 7)])
+def test_portable_bits_equal_the_hash_in_python(words):
+    words32 = np.array(words, "uint32").view("int32")
+    expected = np.array([hashed(words, i) for i in range(60)], "uint32").view("int32").reshape(3, 4, 5)
+    np.testing.assert_array_equal(kernels.portable_bits(words32, (3, 4, 5), np), expected)
+    for body in bodies("portable_bits"):
+        bits = body(ops.convert_to_tensor(words32), (3, 4, 5))
+        assert keras.backend.standardize_dtype(bits.dtype) == "int32"
+        np.testing.assert_array_equal(numpy(bits), expected)
+
+
+def test_portable_bits_are_fair_and_independent():
+    """Of 100,000: every bit, each pair of bits, neighbours, and what a flipped bit of the seed does (half of all)."""
+    n, limit = 100_000, 5 / 100_000**0.5  # 5 standard errors of a correlation
+
+    def signs(*words):
+        bits = kernels.portable_bits(np.array(words, "int32"), (n,), np)
+        assert len(np.unique(bits)) == n
+        return ((bits[:, None] >> np.arange(32)) & 1).astype("float32") * 2 - 1
+
+    for words in [(0, 0), (1, 0), (12345, 678)]:
+        one = signs(*words)
+        assert np.abs(one.mean(0)).max() < limit
+        assert np.abs(one.T @ one / n - np.eye(32)).max() < limit
+        for lag in (1, 2, 64, 1000):
+            assert np.abs(one[lag:].T @ one[:-lag] / n).max() < 1.2 * limit  # of 16,000 pairs
+        for other in [(words[0] ^ 1, words[1]), (words[0], words[1] ^ 1), (words[1] + 7, words[0])]:
+            assert np.abs(one.T @ signs(*other) / n).max() < 1.2 * limit
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        *[lambda rate=rate: test_dropout_rate_scale_and_expectation(rate) for rate in (0.1, 0.5)],
+        lambda: test_dropout_at_the_ends_of_its_range(0.999999),
+        lambda: test_dropout_keeps_shape_and_dtype("bfloat16"),
+        lambda: test_a_seed_repeats_its_masks_and_advances(),
+        lambda: test_draws_and_seeds_are_independent(),
+        lambda: test_neighbours_and_rows_are_independent(),
+        lambda: test_dropout_passes_the_gradient_where_it_passed_the_value(),
+        lambda: test_fit_draws_a_fresh_mask_at_every_step(),
+    ],
+)
+def test_portable_dropout_obeys_the_laws_of_the_native_one(law):
+    with portable():
+        law()
 
 
 # Decoding

@@ -1,13 +1,20 @@
 """The plain bodies, in keras.ops: what every override must equal, in value and gradient."""
 
+import math
+
 import keras
 from keras import ops
 
 __all__ = [
+    "dense",
+    "layer_norm",
+    "split_heads",
+    "join_heads",
     "masked_softmax",
     "attention_weights",
     "dot_product_attention",
     "dropout",
+    "portable_bits",
     "token_cross_entropy",
     "adam_update",
     "write",
@@ -18,6 +25,28 @@ __all__ = [
 ]
 
 MASKED = -1e30  # finite: a row with nothing but masked positions gets equal weights, not NaN
+
+
+def dense(x, kernel, bias=None):
+    """x kernel + bias: float (..., out) from x (..., in), kernel (in, out) and bias (out,)."""
+    x = ops.matmul(x, kernel)
+    return x if bias is None else ops.add(x, bias)
+
+
+def layer_norm(x, gamma, beta, epsilon):
+    """(x - mean) / sqrt(variance + epsilon) gamma + beta over the last axis; gamma and beta may be None."""
+    return ops.layer_normalization(x, gamma, beta, axis=-1, epsilon=epsilon)
+
+
+def split_heads(x, num_heads):
+    """(batch, length, heads * head_dim) to (batch, heads, length, head_dim)."""
+    return ops.swapaxes(ops.reshape(x, (-1, ops.shape(x)[1], num_heads, x.shape[2] // num_heads)), 1, 2)
+
+
+def join_heads(x):
+    """(batch, heads, length, head_dim) to (batch, length, heads * head_dim)."""
+    x = ops.swapaxes(x, 1, 2)
+    return ops.reshape(x, (-1, ops.shape(x)[1], x.shape[2] * x.shape[3]))
 
 
 def masked_softmax(scores, mask=None):
@@ -69,6 +98,38 @@ def dropout(x, rate, seed):
         seed: a keras.random.SeedGenerator; it advances by one draw.
     """
     return keras.random.dropout(x, rate, seed=seed)
+
+
+def portable_bits(words, shape, xp=ops):
+    """Random bits that are the same on every backend: a hash of each element's index and of the two words of a seed.
+
+    The hash is murmur3's finaliser, twice, with a key before each round; three more rounds make the keys from the
+    words, one to one, so that neighbouring seeds and counts give unrelated keys. For given words it is one to one in
+    the index: no two elements are equal. Nothing but int32 that wraps, which all backends have and compute alike.
+    Source: Appleby 2011, MurmurHash3, fmix32.
+
+    Args:
+        words: int32 (2,), as from `SeedGenerator.next()`.
+        shape: tuple of int, of fewer than 2^31 elements.
+        xp: `keras.ops`, or `numpy` for words and a result outside the framework; the bits are the same.
+
+    Returns:
+        int32 of `shape`, each of the 2^32 values equally likely.
+    """
+
+    def mixed(x, key):
+        x = (x + key) * -0x61C88647  # 2^32 / golden ratio; the factors are unsigned numbers less 2^32
+        for shift, factor in ((16, -0x7A143595), (13, -0x3D4D51CB), (16, 1)):
+            shifted = xp.bitwise_and(xp.right_shift(x, shift), 2 ** (32 - shift) - 1)  # the shift copies the sign
+            x = xp.bitwise_xor(x, shifted) * factor
+        return x
+
+    first, second = words[:1], words[1:]
+    first = mixed(first, 1)
+    second = mixed(second, first)
+    first = mixed(first, second)
+    index = xp.arange(math.prod(shape), dtype="int32")
+    return xp.reshape(mixed(mixed(index, first), second), shape)
 
 
 def token_cross_entropy(logits, labels, smoothing=0.0):

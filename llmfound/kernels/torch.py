@@ -5,9 +5,59 @@ import torch
 
 from llmfound.kernels import reference
 
-__all__ = ["dropout", "token_cross_entropy", "adam_update", "write", "fast_matmul", "compiled", "unfold", "top_k"]
+__all__ = [
+    "dense",
+    "layer_norm",
+    "split_heads",
+    "join_heads",
+    "dot_product_attention",
+    "dropout",
+    "token_cross_entropy",
+    "adam_update",
+    "write",
+    "fast_matmul",
+    "compiled",
+    "unfold",
+    "top_k",
+]
 
 SEED_FACTORS = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # odd, their high bits mix the two words of a Keras seed
+
+
+def dense(x, kernel, bias=None):
+    """torch's own call, without Keras's: in decoding, with one position at a time, that is a good part of the time."""
+    x = torch.matmul(x, _tensor(kernel))
+    return x if bias is None else x + _tensor(bias)
+
+
+def layer_norm(x, gamma, beta, epsilon):
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], _tensor(gamma), _tensor(beta), epsilon)
+
+
+def _tensor(x):
+    return x.value if isinstance(x, keras.Variable) else x
+
+
+def split_heads(x, num_heads):
+    batch, length, width = x.shape
+    if length == 1:  # the same memory, already in order
+        return x.reshape(batch, num_heads, 1, width // num_heads)
+    return x.reshape(batch, length, num_heads, width // num_heads).transpose(1, 2)
+
+
+def join_heads(x):
+    batch, heads, length, dim = x.shape
+    return x.transpose(1, 2).reshape(batch, length, heads * dim)
+
+
+def dot_product_attention(query, key, value, mask=None, bias=None):
+    """torch's own calls; on a CPU, its fused attention takes longer."""
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2)).float()
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = torch.where(mask, scores, reference.MASKED)
+    return torch.matmul(torch.softmax(scores, -1).to(value.dtype), value)
 
 
 def dropout(x, rate, seed):

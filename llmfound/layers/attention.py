@@ -113,7 +113,7 @@ class MultiHeadAttention(Layer):
 
     def split(self, x):
         """(batch, length, heads * head_dim) to (batch, heads, length, head_dim)."""
-        return ops.swapaxes(ops.reshape(x, (-1, ops.shape(x)[1], self.num_heads, self.head_dim)), 1, 2)
+        return kernels.split_heads(x, self.num_heads)
 
     def project(self, memory):
         """Keys and values of a memory, each (batch, heads, length, head_dim); a decoder computes them once."""
@@ -143,8 +143,7 @@ class MultiHeadAttention(Layer):
 
     def join(self, heads):
         """The output projection of the concatenated heads, (batch, queries, hidden_dim)."""
-        heads = ops.swapaxes(heads, 1, 2)
-        return self.merge(ops.reshape(heads, (-1, ops.shape(heads)[1], self.num_heads * self.head_dim)))
+        return self.merge(kernels.join_heads(heads))
 
     def call(self, query, memory, mask=None, bias=None, return_weights=False, training=None):
         _check_rank(query=query, memory=memory)
@@ -162,14 +161,14 @@ class MultiHeadAttention(Layer):
         memory without copies. Returns float (rows, 1, hidden_dim).
         """
         key, value = memory
-        beams = query.shape[0] // key.shape[0]
-        query = self.split(ops.reshape(lean(self.query, query), (key.shape[0], beams, -1)))
-        heads = self.attend(query, key, value, attention_mask(mask))
-        return self.rejoin(heads)
-
-    def rejoin(self, heads):
-        """`join` for decoding: (rows, 1, hidden_dim), whether the rows of a sentence stand in one axis or in two."""
-        return lean(self.merge, ops.reshape(ops.swapaxes(heads, 1, 2), (-1, 1, self.num_heads * self.head_dim)))
+        rows, batch = query.shape[0], key.shape[0]
+        query = lean(self.query, query)
+        if rows != batch:
+            query = ops.reshape(query, (batch, rows // batch, -1))
+        heads = kernels.join_heads(self.attend(self.split(query), key, value, attention_mask(mask)))
+        if rows != batch:
+            heads = ops.reshape(heads, (rows, 1, -1))
+        return lean(self.merge, heads)
 
 
 class MultiHeadSelfAttention(MultiHeadAttention):
@@ -202,7 +201,7 @@ class MultiHeadSelfAttention(MultiHeadAttention):
             (key, value), mask = [c[:, :, : position + 1] for c in cache], None
         else:  # a compiled loop: fixed shapes
             (key, value), mask = cache, (ops.arange(cache[0].shape[2]) <= position)[None, None, None]
-        return self.rejoin(self.attend(query, key, value, mask)), cache
+        return lean(self.merge, kernels.join_heads(self.attend(query, key, value, mask))), cache
 
 
 def _check_rank(**tensors):

@@ -128,10 +128,11 @@ class TransformerBlock(Layer):
             y, cache = self.attention.step(y, cache, position)
             return y
 
-        attention_norm, cross_attention_norm, feedforward_norm, feedforward = (
+        attention_norm, cross_attention_norm, feedforward_norm = (
             part and functools.partial(lean, part)
-            for part in (self.attention_norm, self.cross_attention_norm, self.feedforward_norm, self.feedforward)
+            for part in (self.attention_norm, self.cross_attention_norm, self.feedforward_norm)
         )
+        feedforward = getattr(self.feedforward, "step", functools.partial(lean, self.feedforward))
         x = self.residual(x, attention_norm, self_attention)
         if memory is not None:
             x = self.residual(x, cross_attention_norm, lambda y: self.cross_attention.step(y, memory, memory_mask))

@@ -2,7 +2,7 @@
 
 from keras import layers
 
-from llmfound.base import Layer
+from llmfound.base import Layer, lean
 
 
 class FeedForward(Layer):
@@ -39,3 +39,7 @@ class FeedForward(Layer):
 
     def call(self, x):
         return self.contract(self.expand(x))
+
+    def step(self, x):
+        """`call`, for decoding."""
+        return lean(self.contract, lean(self.expand, x))

@@ -94,7 +94,7 @@ class Transformer(Model):
 
     def embed(self, token_ids, start=None, training=None):
         x = self.position(self.token_embedding(token_ids) * self.scale, start=start)
-        return self.dropout(x, training=training)
+        return self.dropout(x, training=training) if training else x
 
     def encode(self, source_ids, mask=None, training=None):
         """The encoder's output, float (batch, source_length, hidden_dim)."""
