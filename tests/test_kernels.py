@@ -572,7 +572,7 @@ def test_portable_dropout_obeys_the_laws_of_the_native_one(law):
 
 
 def test_top_k_takes_the_first_of_equal_values():
-    x = np.array([[1, 3, 3, 0, 3], [2, 2, 2, 2, 2], [5, 4, 3, 2, 1]], "float32")
+    x = np.array([[1, 3, 3, 0, 3], [2, 2, 2, 2, 2], [5, 4, 3, 2, 1], [-0.0, 0, -1, 0, -0.0]], "float32")
     for k in (1, 2, 4, 5):
         values, indices = kernels.top_k(ops.convert_to_tensor(x), k)
         order = np.argsort(-x, axis=-1, kind="stable")[:, :k]

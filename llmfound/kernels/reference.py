@@ -239,5 +239,5 @@ def unfold(step, carry, record):
 
 def top_k(x, k):
     """The k greatest values along the last axis and their places, int32; of equal values the first comes first."""
-    values, indices = ops.top_k(x, k)
+    values, indices = ops.top_k(ops.where(ops.equal(x, 0), 0.0, x), k)  # JAX puts -0.0 below 0.0
     return values, ops.cast(indices, "int32")

@@ -26,8 +26,10 @@ SEED_FACTORS = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # odd, their high bits mi
 
 def dense(x, kernel, bias=None):
     """torch's own call, without Keras's: in decoding, with one position at a time, that is a good part of the time."""
-    x = torch.matmul(x, _tensor(kernel))
-    return x if bias is None else x + _tensor(bias)
+    kernel = _tensor(kernel)
+    if bias is None:
+        return torch.matmul(x, kernel)
+    return torch.addmm(_tensor(bias), x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def layer_norm(x, gamma, beta, epsilon):
