@@ -123,7 +123,11 @@ class Tokenizer:
     @classmethod
     def load(cls, path, pad=None, start=None, end=None, unk=None):
         """Reads any tokenizer.json; the special pieces are those of the constructor."""
-        return cls(Path(path).read_text(encoding="utf-8"), pad, start, end, unk)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no tokenizer.json: it is not UTF-8 text ({error}).") from error
+        return cls(text, pad, start, end, unk)
 
     def save(self, path):
         """Writes the tokenizer.json. Special pieces that were given by hand must be given again to `load`."""

@@ -208,3 +208,10 @@ def test_errors(tmp_path):
         Tokenizer("nonsense")
     with pytest.raises(FileNotFoundError, match=r"absent.json"):
         Tokenizer.load(tmp_path / "absent.json")
+
+
+def test_a_binary_file_is_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(b"\x80\xc1\x00")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer\.json: it is not UTF-8"):
+        Tokenizer.load(path)
