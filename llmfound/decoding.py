@@ -213,26 +213,34 @@ def beam_search(model, inputs, beam_size=4, length_penalty=0.6, max_length=None,
 
 
 def translate(model, tokenizer, sentences, target_tokenizer=None, beam_size=4, length_penalty=0.6, batch_size=64,
-              length_multiple=16, **options):  # fmt: skip
+              length_multiple=16, replace_unknown=False, dictionary=None, **options):  # fmt: skip
     """Translates text with `beam_search`.
 
     Sentences of similar length go together. Lengths are filled up to a multiple and batches to a power of two, so that
     a compiling backend meets few shapes.
+    Source: replacing unknown words by means of the attention, Jean et al. 2015, "On Using Very Large Target Vocabulary
+    for Neural Machine Translation"; a dictionary, or the word itself, in their place, Luong et al. 2015, "Addressing
+    the Rare Word Problem in Neural Machine Translation".
 
     Args:
-        model: anything with `start` and `step` that takes {"source_ids": ...}.
+        model: anything with `start` and `step` that takes {"source_ids": ...}; with replace_unknown, also `align`.
         tokenizer: has encode_batch(texts), pad_id and end_id; and what target_tokenizer needs, if that is None.
         sentences: list of str. An empty one translates to an empty one.
         target_tokenizer: has decode_batch(rows of ids), pad_id, start_id and end_id; None takes `tokenizer`.
         batch_size: sentences decoded at a time.
         length_multiple: source lengths, the end included, are filled up to a multiple of this.
+        replace_unknown: whether each unk_id of a translation is replaced by the source piece that it is aligned to
+            most. Then `tokenizer` has pieces(text), and target_tokenizer has unk_id and decode_batch(rows, words), as
+            `llmfound.data.Tokenizer`. False leaves it to decode_batch what an unk_id becomes; there, it is left out.
+        dictionary: dict, source piece -> what is written for it, if it is there. None writes the pieces themselves.
         beam_size, length_penalty, **options: of `beam_search`: max_length, min_length, forbidden_ids.
 
     Returns:
         list of str, in the order of `sentences`.
 
     Raises:
-        ValueError: if `sentences` is one str, a size is not positive, or a tokenizer lacks a special id.
+        ValueError: if `sentences` is one str, a size is not positive, a tokenizer lacks a special id, or the model
+            lacks `align`; or if there is a dictionary without replace_unknown.
     """
     target_tokenizer = target_tokenizer or tokenizer
     if isinstance(sentences, str):
@@ -243,7 +251,19 @@ def translate(model, tokenizer, sentences, target_tokenizer=None, beam_size=4, l
     pad_id, end_id = tokenizer.pad_id, tokenizer.end_id
     if None in (pad_id, end_id, *ids.values()):
         raise ValueError(f"The source needs pad_id and end_id, got {pad_id} and {end_id}; the target needs {ids}.")
-    sources = [[*pieces, end_id] if len(pieces) else [] for pieces in tokenizer.encode_batch(list(sentences))]
+    if replace_unknown:
+        unk_id = getattr(target_tokenizer, "unk_id", None)
+        if unk_id is None or not hasattr(tokenizer, "pieces") or not hasattr(model, "align"):
+            raise ValueError(
+                f"replace_unknown needs unk_id of the target's tokenizer, pieces(text) of the source's, and "
+                f"align(source_ids, target_ids) of the model; got unk_id {unk_id}, a {type(tokenizer).__name__} and a "
+                f"{type(model).__name__}."
+            )
+    elif dictionary is not None:
+        raise ValueError("dictionary says how unknown words are replaced; give replace_unknown=True with it.")
+    dictionary = {} if dictionary is None else dictionary
+    sentences = list(sentences)
+    sources = [[*pieces, end_id] if len(pieces) else [] for pieces in tokenizer.encode_batch(sentences)]
     order = sorted((i for i, source in enumerate(sources) if source), key=lambda i: -len(sources[i]))
     texts = [""] * len(sources)
     for first in range(0, len(order), batch_size):
@@ -253,12 +273,20 @@ def translate(model, tokenizer, sentences, target_tokenizer=None, beam_size=4, l
         source_ids = np.full((rows, length), pad_id, "int32")
         for row, i in enumerate(chosen + chosen[-1:] * (rows - len(chosen))):
             source_ids[row, : len(sources[i])] = sources[i]
-        best = beam_search(model, {"source_ids": source_ids}, beam_size, length_penalty, **ids, n_best=1, **options)
-        hypotheses = [
-            [t for t in tokens[:n].tolist() if t not in ids.values()]
-            for tokens, n in zip(best.token_ids[:, 0], best.lengths[:, 0])
-        ]
-        for i, text in zip(chosen, target_tokenizer.decode_batch(hypotheses[: len(chosen)])):
+        best = beam_search(
+            model, {"source_ids": source_ids}, beam_size, length_penalty, **ids, n_best=1,
+            return_alignments=replace_unknown, **options,
+        )  # fmt: skip
+        hypotheses, words = [], []
+        for row, i in enumerate(chosen):
+            tokens = best.token_ids[row, 0, : best.lengths[row, 0]]
+            hypotheses.append([t for t in tokens.tolist() if t not in ids.values()])
+            if replace_unknown:
+                weights = best.alignments[row, 0, np.flatnonzero(tokens == unk_id), : len(sources[i]) - 1]
+                pieces = tokenizer.pieces(sentences[i]) if len(weights) else ()
+                words.append([dictionary.get(pieces[j], pieces[j]) for j in weights.argmax(axis=1)])
+        decoded = target_tokenizer.decode_batch(hypotheses, *([words] if replace_unknown else []))
+        for i, text in zip(chosen, decoded):
             texts[i] = text
     return texts
 

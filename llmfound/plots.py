@@ -1,4 +1,4 @@
-"""Pictures: which source tokens each target token looked at, and how training went."""
+"""Pictures: which source tokens each target token looked at, how training went, and how well long sentences fare."""
 
 import warnings
 
@@ -106,6 +106,59 @@ def training_curve(history, title=None, path=None):
     return _finish(figure, title, path)
 
 
+def bleu_by_length(systems, title=None, path=None):
+    """BLEU over the length of the source, one line for each system, and below it how many sentences each bin has.
+
+    Source: Bahdanau, Cho, Bengio 2015, figure 2.
+
+    Args:
+        systems: dict, name -> what `llmfound.training.bleu_by_length` returns, all of the same sources and bins.
+        title: str, above the picture.
+        path: file to save it to; its ending says the format.
+
+    Returns:
+        matplotlib.figure.Figure.
+
+    Raises:
+        ValueError: if there is no system or bin, or the systems differ in their bins.
+        ImportError: if matplotlib is missing.
+    """
+    bins = {
+        name: [tuple(record[key] for key in ("low", "high", "count", "length")) for record in records]
+        for name, records in systems.items()
+    }
+    if not bins or not all(bins.values()):
+        raise ValueError(f"There must be a system, and a bin of each; got {bins}.")
+    [(first, expected), *others] = bins.items()
+    for name, found in others:
+        if found != expected:
+            raise ValueError(
+                f"All systems must be scored on the same sources and bins, (low, high, count, length); {first!r} has "
+                f"{expected}, {name!r} has {found}."
+            )
+    low, high, count, length = np.array(expected).T
+    high[-1] = min(high[-1], max(2 * length[-1] - low[-1], low[-1]))  # one very long sentence shall not fill the axis
+    figure, [[axes], [below]] = _figure(6.4, 4.4, 2, 1, height_ratios=[6, 1], sharex=True)
+    for i, (name, records) in enumerate(systems.items()):
+        axes.plot(length, [record["bleu"] for record in records], "osD^v"[i % 5] + "-", markersize=4, label=name)
+    axes.set_ylabel("BLEU")
+    axes.set_ylim(0, None)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.tick_params(bottom=False)
+    bars = below.bar((low + high) / 2, count, high - low + 0.6, color="0.85")
+    below.bar_label(bars, [f"{int(n):,}" for n in count], padding=1, fontsize=8, color="0.45")
+    below.set_xlim(0, high.max() + 1)
+    below.set_ylim(0, 1.5 * count.max())
+    below.set_yticks([])
+    below.set_ylabel("sentences", color="0.45", fontsize=8, rotation=0, ha="right", va="center")
+    below.set_xlabel("words in the source sentence")
+    for panel in (axes, below):
+        panel.spines[["top", "right"]].set_visible(False)
+    below.spines["left"].set_visible(False)
+    return _finish(figure, title, path)
+
+
 def _series(history):
     """{name: float (points,)}, NaN where a point lacks a quantity."""
     history = getattr(history, "history", history)
@@ -116,7 +169,7 @@ def _series(history):
     return {name: np.asarray(values, "float64") for name, values in history.items()}
 
 
-def _figure(width, height, rows=1, columns=1):
+def _figure(width, height, rows=1, columns=1, **options):
     """A figure that belongs to no window and no global list, and its panels (rows, columns); sizes in inches."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -125,7 +178,7 @@ def _figure(width, height, rows=1, columns=1):
         raise ImportError("Plots need matplotlib: pip install llmfound[plots]") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _finish(figure, title, path):

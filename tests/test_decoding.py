@@ -11,6 +11,7 @@ import pytest
 from keras import ops
 
 from llmfound import decoding
+from llmfound.data import Tokenizer
 from llmfound.models import Transformer
 from llmfound.testing import assert_close
 
@@ -694,6 +695,84 @@ def test_batching_does_not_change_a_translation():
     assert len(set(together)) == 5
 
 
+class Unknowing(Words):
+    """Words of which the model may say that it does not know them: written as they are asked for, in brackets."""
+
+    def __init__(self, text, unk_id, **ids):
+        super().__init__(text, **ids)
+        self.unk_id = unk_id
+        self.asked = []
+
+    def encode_batch(self, texts):
+        return [[self.ids.get(word, self.unk_id) for word in text.split()] for text in texts]
+
+    def pieces(self, text):
+        return text.split()
+
+    def decode_batch(self, rows, unknown=None):
+        if unknown is None:
+            return super().decode_batch([[i for i in row if i != self.unk_id] for row in rows])
+        self.asked += unknown
+        words = [iter(given) for given in unknown]
+        return [" ".join(f"<{next(w)}>" if i == self.unk_id else self.words[i] for i in r) for r, w in zip(rows, words)]
+
+
+class Backwards(Copy):
+    """Aligned from the right: the target's first word to the source's last piece, or, most of all, to its end."""
+
+    def align(self, source_ids, target_ids, start_id=START):
+        length = ops.sum(ops.cast(source_ids != PAD, "int32"), axis=1)[:, None, None]  # the end included
+        i = ops.arange(target_ids.shape[1])[None, :, None]
+        j = ops.arange(source_ids.shape[1])[None, None]
+        weights = ops.where(j == length - 2 - i, 0.3, ops.where(j == length - 1, 0.5, 0.01))
+        return ops.where(j > length - 1, 0.9, weights)  # padding must not count
+
+
+UNK = 3
+UNKNOWING = Unknowing("[unk] one two three", UNK)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_unknown_words_are_those_they_are_aligned_to(batch_size):
+    sentences = ["one Berlin two", "", "Paris", "three", "one two three one two Rome", "Oslo Bern one"]
+    options = dict(batch_size=batch_size, length_multiple=4, beam_size=2)
+    model = Backwards(range(7))
+    found = decoding.translate(model, UNKNOWING, sentences, replace_unknown=True, **options)
+    assert found == ["one <Berlin> two", "", "<Paris>", "three", "one two three one two <one>", "<one> <Bern> one"]
+    dictionary = {"Berlin": "Berlino", "one": "uno"}
+    found = decoding.translate(model, UNKNOWING, sentences, replace_unknown=True, dictionary=dictionary, **options)
+    assert found == ["one <Berlino> two", "", "<Paris>", "three", "one two three one two <uno>", "<uno> <Bern> one"]
+    left_out = decoding.translate(model, UNKNOWING, sentences, **options)
+    assert left_out == ["one two", "", "", "three", "one two three one two", "one"]
+
+
+def test_unknown_words_of_a_target_with_a_tokenizer_of_its_own():
+    german = Unknowing("[unk] eins zwei drei", 1, pad_id=9, start_id=2, end_id=0)
+    mapping = [9, 2, 0, 1, *(german.ids[w] for w in ("eins", "zwei", "drei"))]
+    translations = decoding.translate(Backwards(mapping), UNKNOWING, ["Ulm one Bonn"], german, replace_unknown=True)
+    assert translations == ["<Bonn> eins <Ulm>"] and german.asked == [["Bonn", "Ulm"]]
+
+
+def test_unknown_words_are_spaced_by_the_tokenizer():
+    text = "Where is L'homme (vu) ?"
+    tokenizer = Tokenizer.train([text], 50, "word", min_frequency=1)
+    model = Backwards(range(tokenizer.vocab_size))
+    sentences = ["Where L'Éléphant Zoé is Where", "Xyz (vu) Abc", "Where 4-Abc Zoé ?"]
+    found = decoding.translate(model, tokenizer, sentences, replace_unknown=True)
+    assert found == ["Where L'Zoé Éléphant is Where", "Abc (vu) Xyz", "Where Zoé-Abc 4 ?"]
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_unknown_words_of_a_transformer(norm):
+    tokenizer = Tokenizer.train(["a b c d e f g"], 11, "word", min_frequency=1)
+    model, sentences = transformer(norm), ["a Zoé c", "Ulm Bonn b a", "d"]
+    options = dict(max_length=6, min_length=4, forbidden_ids=(PAD, START, *range(4, 11)))  # it knows no word
+    translations = decoding.translate(model, tokenizer, sentences, replace_unknown=True, **options)
+    for sentence, text in zip(sentences, translations):
+        words = text.split(" ")
+        assert 3 <= len(words) <= 6 and set(words) <= set(sentence.split())
+
+
 # Errors
 
 
@@ -794,6 +873,22 @@ TOKENIZER = Words(TEXT)
         (
             lambda: decoding.translate(TOY, TOKENIZER, ["one"], Words(TEXT, start_id=None)),
             "got 0 and 2; the target needs {'start_id': None, 'end_id': 2, 'pad_id': 0}",
+        ),
+        (
+            lambda: decoding.translate(Aligned(TOY.table), TOKENIZER, [], replace_unknown=True),
+            r"replace_unknown needs unk_id .*; got unk_id None, a Words and a Aligned\.",
+        ),
+        (
+            lambda: decoding.translate(Aligned(TOY.table), TOKENIZER, [], UNKNOWING, replace_unknown=True),
+            r"pieces\(text\) of the source's, .*; got unk_id 3, a Words and a Aligned\.",
+        ),
+        (
+            lambda: decoding.translate(TOY, UNKNOWING, [], replace_unknown=True),
+            r"align\(source_ids, target_ids\) of the model; got unk_id 3, a Unknowing and a Table",
+        ),
+        (
+            lambda: decoding.translate(TOY, TOKENIZER, ["one"], dictionary={}),
+            "dictionary says how unknown words are replaced; give replace_unknown=True",
         ),
     ],
 )

@@ -259,3 +259,72 @@ def test_ticks_of_one_epoch_are_whole_numbers():
 def test_bad_histories(history, message):
     with pytest.raises(ValueError, match=message):
         plots.training_curve(history)
+
+
+# bleu_by_length
+
+
+BINS = [(0, 10, 420, 7.5), (11, 20, 1100, 15.5), (21, 88, 63, 30.0)]
+
+
+def records(scores, bins=BINS):
+    return [dict(zip(("low", "high", "count", "length", "bleu"), (*b, score))) for b, score in zip(bins, scores)]
+
+
+SYSTEMS = {"RNNsearch": records([24.0, 27.0, 26.0]), "RNNencdec": records([22.0, 21.0, 3.0])}
+
+
+def test_a_line_for_each_system_over_the_mean_lengths():
+    figure = plots.bleu_by_length(SYSTEMS, title="English to French")
+    axes, below = figure.axes
+    lines = {line.get_label(): [list(x) for x in line.get_data()] for line in axes.lines}
+    assert lines == {
+        "RNNsearch": [[7.5, 15.5, 30.0], [24.0, 27.0, 26.0]],
+        "RNNencdec": [[7.5, 15.5, 30.0], [22.0, 21.0, 3.0]],
+    }
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 2
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(SYSTEMS)
+    assert figure.get_suptitle() == "English to French"
+    assert axes.get_ylim()[0] == 0 and axes.get_ylabel() == "BLEU"
+    assert below.get_xlabel() == "words in the source sentence"
+    assert axes.get_xlim() == below.get_xlim()
+
+
+def test_the_bins_show_how_many_sentences_they_have():
+    below = plots.bleu_by_length(SYSTEMS).axes[1]
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in below.patches]
+    np.testing.assert_allclose(bars, [(-0.3, 10.3, 420), (10.7, 20.3, 1100), (20.7, 39.3, 63)])  # the last: 2 * 30 - 21
+    assert [text.get_text() for text in below.texts] == ["420", "1,100", "63"]
+
+
+def test_one_system_of_one_sentence_and_scores_of_zero(tmp_path):
+    figure = plots.bleu_by_length({"a": records([0.0], [(51, 60, 1, 51.0)])}, path=tmp_path / "a.png")
+    assert figure.axes[1].get_xlim() == (0, 52) and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_training_measures_can_be_drawn():
+    from llmfound.training import bleu_by_length
+
+    found = bleu_by_length(["a b c d", "a b c d e"], ["a b c d", "a b c d f"], ["one", "one two three"], bins=(2,))
+    [line] = plots.bleu_by_length({"a": found}).axes[0].lines
+    assert list(line.get_xdata()) == [1, 3] and line.get_ydata()[0] == pytest.approx(100) and line.get_ydata()[1] < 90
+
+
+@pytest.mark.parametrize(
+    "systems, message",
+    [
+        ({}, "There must be a system, and a bin of each; got {}"),
+        ({"a": SYSTEMS["RNNsearch"], "b": []}, r"a bin of each; got .*'b': \[\]"),
+        (
+            {"a": SYSTEMS["RNNsearch"], "b": records([1.0], BINS[:1])},
+            r"'a' has .*63, 30.0\)\], 'b' has \[\(0, 10, 420, 7.5\)\]",
+        ),
+        (
+            {"a": records([1.0], BINS[:1]), "b": records([1.0], [(0, 10, 421, 7.5)])},
+            "same sources and bins, .*'a' has .*420, .*'b' has .*421",
+        ),
+    ],
+)
+def test_bad_bins(systems, message):
+    with pytest.raises(ValueError, match=message):
+        plots.bleu_by_length(systems)

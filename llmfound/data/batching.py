@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 _CHUNK = 20_000  # texts encoded at a time
+_SHOWN = 8  # shapes that the summary names
 _GRID = 48  # lengths per side that the choice of shapes considers
 
 
@@ -18,7 +19,110 @@ class _Rows(namedtuple("_Rows", "flat starts lengths")):
         return self._replace(starts=self.starts[indices], lengths=self.lengths[indices])
 
 
-class TranslationBatches(keras.utils.PyDataset):
+class _Batches(keras.utils.PyDataset):
+    """Sentence pairs as batches: all but which pairs go together, in which shape. See `TranslationBatches`.
+
+    A subclass has `_order(epoch)`, list of ((rows, source length, target length), int (at most rows,) pairs), always
+    of one length, and sets `epoch` once it can.
+    """
+
+    def __init__(self, pairs, source_tokenizer, target_tokenizer, max_length, shuffle, seed, drop_long):
+        super().__init__()
+        _check_integers(1, max_length=max_length)
+        _check_integers(0, seed=seed)
+        target_tokenizer = source_tokenizer if target_tokenizer is None else target_tokenizer
+        sources, targets = _sides(pairs)
+        source = _encoded(sources, source_tokenizer, "source", ["end_id"])
+        target = _encoded(targets, target_tokenizer, "target", ["start_id", "end_id"])
+        target = target._replace(lengths=target.lengths - 1)  # of target_ids, and of the labels one place later
+        longest = np.maximum(source.lengths, target.lengths)
+        kept = _short_enough(longest, max_length, drop_long)
+        self._source, self._target, self._longest = source.at(kept), target.at(kept), longest[kept]
+        self._pad_ids = source_tokenizer.pad_id, target_tokenizer.pad_id
+        self.source_vocab_size, self.target_vocab_size = source_tokenizer.vocab_size, target_tokenizer.vocab_size
+        self.skipped = len(longest) - len(kept)
+        self.tokens_per_epoch = int(self._target.lengths.sum())
+        self.shuffle, self.seed = shuffle, seed
+
+    @property
+    def epoch(self):
+        """int, the number of the current pass, from 0; set it to resume."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch):
+        _check_integers(0, epoch=epoch)
+        self._epoch = epoch
+        self._asked = None
+        self._batches = self._order(epoch)
+
+    @property
+    def shapes(self):
+        """list of (rows, source length, target length) of the current pass, each once, smallest first."""
+        return sorted({shape for shape, _ in self._batches}, key=lambda shape: shape[1:])
+
+    @property
+    def padding(self):
+        """float, the share of cells, of both sides, that hold padding in the current pass."""
+        cells = sum(rows * (s + t) for (rows, s, t), _ in self._batches)
+        return 1 - (int(self._source.lengths.sum()) + self.tokens_per_epoch) / cells
+
+    @property
+    def asked(self):
+        """bool (batches,), True for the batches of the current pass that were asked for; None before it begins."""
+        return self._asked
+
+    def __len__(self):
+        return len(self._batches)
+
+    def __getitem__(self, index):
+        """Batch `index` of the current epoch.
+
+        Returns:
+            {"source_ids": int32 (rows, source length), "target_ids": int32 (rows, target length)}, and the labels,
+            int32 (rows, target length).
+        """
+        (rows, source_length, target_length), members = self._batches[index]
+        asked = self._asked
+        if asked is not None:
+            asked[index] = True
+        source_pad, target_pad = self._pad_ids
+        source, target = self._source.at(members), self._target.at(members)
+        labels = target._replace(starts=target.starts + 1)
+        x = {
+            "source_ids": _padded(source, rows, source_length, source_pad),
+            "target_ids": _padded(target, rows, target_length, target_pad),
+        }
+        return x, _padded(labels, rows, target_length, target_pad)
+
+    def __iter__(self):
+        self.on_epoch_begin()
+        return super().__iter__()
+
+    def on_epoch_begin(self):
+        if self._asked is None:
+            self._asked = np.zeros(len(self), "bool")
+
+    def on_epoch_end(self):
+        """Goes on to the next epoch, if every batch of this one was asked for.
+
+        Keras calls this also before the first epoch, after a look at one batch, and, with `steps_per_epoch`, in the
+        middle of a pass; a new order there would repeat some pairs and lose others.
+        """
+        if self._asked is not None and self._asked.all():
+            self.epoch += 1
+
+    def __str__(self):
+        shapes = ["x".join(map(str, shape)) for shape in self.shapes]
+        shown = shapes if len(shapes) <= _SHOWN else [*shapes[: _SHOWN - 1], "...", shapes[-1]]
+        return (
+            f"{len(self._longest):,} pairs ({self.skipped:,} longer ones left out), {len(self):,} batches of "
+            f"{len(shapes)} shapes (rows x source x target): {', '.join(shown)}; {self.tokens_per_epoch:,} labels, "
+            f"{self.padding:.1%} padding"
+        )
+
+
+class TranslationBatches(_Batches):
     """Sentence pairs as training batches, each in one of a handful of shapes, so that XLA compiles each of them once.
 
     Source = pieces + [end]; target_ids = [start] + pieces; labels = pieces + [end]. A pair goes to the smallest
@@ -66,123 +170,87 @@ class TranslationBatches(keras.utils.PyDataset):
         seed=0,
         drop_long=True,
     ):
-        super().__init__()
-        _check_integers(1, batch_tokens=batch_tokens, max_length=max_length, num_buckets=num_buckets)
+        _check_integers(1, batch_tokens=batch_tokens, num_buckets=num_buckets)
         _check_integers(1, batch_size=1 if batch_size is None else batch_size)
-        _check_integers(0, seed=seed)
-        target_tokenizer = source_tokenizer if target_tokenizer is None else target_tokenizer
-        sources, targets = _sides(pairs)
-        source = _encoded(sources, source_tokenizer, "source", ["end_id"])
-        target = _encoded(targets, target_tokenizer, "target", ["start_id", "end_id"])
-        target = target._replace(lengths=target.lengths - 1)  # of target_ids, and of the labels one place later
-        longest = np.maximum(source.lengths, target.lengths)
-        kept = _short_enough(longest, max_length, drop_long)
-        if batch_size is None and longest[kept].max() > batch_tokens:
+        super().__init__(pairs, source_tokenizer, target_tokenizer, max_length, shuffle, seed, drop_long)
+        if batch_size is None and self._longest.max() > batch_tokens:
             raise ValueError(
-                f"batch_tokens ({batch_tokens}) does not hold the longest pair, of {longest[kept].max()} ids; "
+                f"batch_tokens ({batch_tokens}) does not hold the longest pair, of {self._longest.max()} ids; "
                 "raise it to that or more, or lower max_length."
             )
-        self._source, self._target = source.at(kept), target.at(kept)
-        self._pad_ids = source_tokenizer.pad_id, target_tokenizer.pad_id
-        self.source_vocab_size, self.target_vocab_size = source_tokenizer.vocab_size, target_tokenizer.vocab_size
-        self.skipped = len(longest) - len(kept)
-        self.tokens_per_epoch = int(self._target.lengths.sum())
-        self.shuffle, self.seed = shuffle, seed
-        self.shapes, self._members = self._buckets(num_buckets, _Budget(batch_tokens, batch_size))
+        self._buckets = self._choose(num_buckets, _Budget(batch_tokens, batch_size))
         self.epoch = 0
-        cells = sum(rows * (s + t) for rows, s, t in (self.shapes[bucket] for bucket, _ in self._batches))
-        self.padding = 1 - (int(self._source.lengths.sum()) + self.tokens_per_epoch) / cells
 
-    @property
-    def epoch(self):
-        """int, the number of the current pass, from 0; set it to resume."""
-        return self._epoch
-
-    @epoch.setter
-    def epoch(self, epoch):
-        _check_integers(0, epoch=epoch)
-        self._epoch = epoch
-        self._asked = None
-        self._batches = self._order(epoch)
-
-    @property
-    def asked(self):
-        """bool (batches,), True for the batches of the current pass that were asked for; None before it begins."""
-        return self._asked
-
-    def __len__(self):
-        return len(self._batches)
-
-    def __getitem__(self, index):
-        """Batch `index` of the current epoch.
-
-        Returns:
-            {"source_ids": int32 (rows, source length), "target_ids": int32 (rows, target length)}, and the labels,
-            int32 (rows, target length).
-        """
-        bucket, members = self._batches[index]
-        rows, source_length, target_length = self.shapes[bucket]
-        asked = self._asked
-        if asked is not None:
-            asked[index] = True
-        source_pad, target_pad = self._pad_ids
-        source, target = self._source.at(members), self._target.at(members)
-        labels = target._replace(starts=target.starts + 1)
-        x = {
-            "source_ids": _padded(source, rows, source_length, source_pad),
-            "target_ids": _padded(target, rows, target_length, target_pad),
-        }
-        return x, _padded(labels, rows, target_length, target_pad)
-
-    def __iter__(self):
-        self.on_epoch_begin()
-        return super().__iter__()
-
-    def on_epoch_begin(self):
-        if self._asked is None:
-            self._asked = np.zeros(len(self), "bool")
-
-    def on_epoch_end(self):
-        """Goes on to the next epoch, if every batch of this one was asked for.
-
-        Keras calls this also before the first epoch, after a look at one batch, and, with `steps_per_epoch`, in the
-        middle of a pass; a new order there would repeat some pairs and lose others.
-        """
-        if self._asked is not None and self._asked.all():
-            self.epoch += 1
-
-    def __str__(self):
-        shapes = ", ".join("x".join(map(str, shape)) for shape in self.shapes)
-        return (
-            f"{len(self._source.starts):,} pairs ({self.skipped:,} longer ones left out), {len(self):,} batches of "
-            f"{len(self.shapes)} shapes (rows x source x target): {shapes}; {self.tokens_per_epoch:,} labels, "
-            f"{self.padding:.1%} padding"
-        )
-
-    def _buckets(self, num_buckets, budget):
-        """The shapes, and for each the pairs that it holds, int (pairs,)."""
+    def _choose(self, num_buckets, budget):
+        """The buckets, list of (shape, int (pairs,) that it holds), smallest first."""
         lengths = np.stack([self._source.lengths, self._target.lengths], axis=1)
         chain = np.array(_bucket_lengths(*lengths.T, num_buckets, budget))
         bucket = (lengths[:, None] <= chain).all(axis=-1).argmax(axis=-1)  # the first that holds both sides
         members = [np.flatnonzero(bucket == k) for k in range(len(chain))]
         shapes = [(int(budget.rows(len(m), max(s, t))), s, t) for m, (s, t) in zip(members, chain.tolist())]
-        return shapes, members
+        return list(zip(shapes, members))
 
     def _order(self, epoch):
-        """list of (bucket, int (at most rows,) pairs), the batches of an epoch."""
         generator = np.random.default_rng([self.seed, epoch])
         batches = []
-        for bucket, members in enumerate(self._members):
+        for shape, members in self._buckets:
             members = generator.permutation(members) if self.shuffle else members
-            rows = self.shapes[bucket][0]
-            batches += [(bucket, members[i : i + rows]) for i in range(0, len(members), rows)]
+            batches += [(shape, members[i : i + shape[0]]) for i in range(0, len(members), shape[0])]
         if self.shuffle:
             batches = [batches[i] for i in generator.permutation(len(batches))]
         # On TensorFlow, Keras takes every length that the first two batches share for a fixed one.
-        for place, bucket in enumerate([0, len(self.shapes) - 1][: len(self.shapes)]):
-            found = next(i for i in range(place, len(batches)) if batches[i][0] == bucket)
+        for place, (shape, _) in enumerate([self._buckets[0], self._buckets[-1]][: len(self._buckets)]):
+            found = next(i for i in range(place, len(batches)) if batches[i][0] == shape)
             batches[place], batches[found] = batches[found], batches[place]
         return batches
+
+
+class WindowedBatches(_Batches):
+    """Sentence pairs as training batches of pairs of like length, sorted within windows of some batches.
+
+    The pairs are shuffled at the start of each epoch. Of every batch_size * window of them, sorted by the longer of
+    their sides, the first batch_size are a batch, and so on; the window's batches follow each other from short to long.
+    A batch is as long as its own longest source and target, rounded up. The last one is filled up with rows of padding.
+    Source: Bahdanau, Cho, Bengio 2015, appendix B.2 (80 rows, windows of 20); sorted by the longer side as in the
+    authors' code. There, the data is shuffled once, before the first epoch, and lengths are not rounded.
+
+    On TensorFlow, Keras takes every length that the first two batches share for a fixed one, so that in every epoch
+    the second is padded to one length_multiple more on each side that it would share with the first, unless no batch
+    can differ there.
+
+    Args:
+        batch_size: int, rows of a batch.
+        window: int, batches that are sorted together; 1 sorts nothing, many mix less.
+        length_multiple: int, lengths are rounded up to a multiple of it: few shapes for a compiler to meet. The
+            longest are up to max_length, rounded up, and one length_multiple more.
+        shuffle: whether the order changes from epoch to epoch. False cuts windows from the pairs as they stand.
+        pairs, source_tokenizer, target_tokenizer, max_length, seed, drop_long: as in `TranslationBatches`, whose
+            attributes and errors these batches have, too; shapes and padding are those of the current epoch.
+    """
+
+    def __init__(self, pairs, source_tokenizer, target_tokenizer=None, batch_size=80, window=20, length_multiple=8,
+                 max_length=128, shuffle=True, seed=0, drop_long=True):  # fmt: skip
+        _check_integers(1, batch_size=batch_size, window=window, length_multiple=length_multiple)
+        super().__init__(pairs, source_tokenizer, target_tokenizer, max_length, shuffle, seed, drop_long)
+        self.batch_size, self.window, self.length_multiple = batch_size, window, length_multiple
+        self.epoch = 0
+
+    def _order(self, epoch):
+        pairs = np.arange(len(self._longest))
+        if self.shuffle:
+            pairs = np.random.default_rng([self.seed, epoch]).permutation(pairs)
+        window = np.arange(len(pairs)) // (self.batch_size * self.window)
+        pairs = pairs[np.lexsort([self._longest[pairs], window])]  # stable
+        first = np.arange(0, len(pairs), self.batch_size)
+        lengths = []
+        for side in (self._source.lengths, self._target.lengths):
+            rounded = -(-side // self.length_multiple) * self.length_multiple
+            longest = np.maximum.reduceat(rounded[pairs], first)
+            if len(first) > 1 and longest[0] == longest[1] and rounded.min() < rounded.max():
+                longest[1] += self.length_multiple
+            lengths.append(longest.tolist())
+        members = np.split(pairs, first[1:])
+        return [((self.batch_size, s, t), chosen) for s, t, chosen in zip(*lengths, members)]
 
 
 def pad(sequences, pad_id, multiple=1, length=None):
@@ -301,7 +369,7 @@ def _short_enough(lengths, max_length, drop_long):
             f"{report}; the longest is pair {worst} with {lengths[worst]}. Raise max_length"
             f"{'' if drop_long else ', or leave them out with drop_long=True'}."
         )
-    warnings.warn(f"{report} and are left out.", stacklevel=3)
+    warnings.warn(f"{report} and are left out.", stacklevel=4)
     return kept
 
 

@@ -1,6 +1,7 @@
 """Tokenizer: text to piece ids and back, on the `tokenizers` library; reads and writes its tokenizer.json."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -82,20 +83,26 @@ class Tokenizer:
         bpe and unigram work on UTF-8 bytes, so any text can be encoded and decode(encode(text)) is text in NFC. bpe:
         Sennrich, Haddow, Birch 2016, section 3.2; unigram: Kudo 2018, section 3.2; wordpiece: Schuster, Nakajima 2012,
         section 3, in the form of BERT (words and punctuation apart, spaces not kept, unknown words become [UNK]).
-        bpe learns the same pieces every time; the library's other trainers break ties by chance, so keep the file.
+        word: the most frequent whole words, all others [UNK], as in Bahdanau, Cho, Bengio 2015, section 4.1. A word has
+        the space before it in its piece, so " house" and the "house" of "(house" are two, and decode(encode(text)) is
+        text in NFC if no word is unknown.
+        bpe and word learn the same pieces every time; the library's other trainers break ties by chance, so keep the
+        file.
 
         Args:
             texts: iterable of str, for translation usually the sentences of both languages.
             vocab_size: int, at most so many pieces, the 4 special ones included. A small text may yield fewer.
-            kind: "bpe", "wordpiece" or "unigram".
+            kind: "bpe", "wordpiece", "unigram" or "word".
             lowercase: whether case is dropped.
-            min_frequency: int, how often a pair of pieces must occur to be merged (bpe and wordpiece).
+            min_frequency: int, how often a pair of pieces must occur to be merged (bpe and wordpiece), or a word to be
+                in the vocabulary (word).
 
         Returns:
             A Tokenizer with [PAD] 0, [START] 1, [END] 2, [UNK] 3.
 
         Raises:
-            ValueError: if there is no text, `kind` is unknown, or `vocab_size` is too small for the alphabet.
+            ValueError: if there is no text, `kind` is unknown, `vocab_size` is too small for the alphabet, or no word
+                is frequent enough.
         """
         texts = texts if isinstance(texts, str) else list(texts)
         if isinstance(texts, str) or not any(texts) or not all(map(_is_text, texts)):
@@ -107,6 +114,8 @@ class Tokenizer:
                 f"vocab_size ({vocab_size}) is too small for the special pieces and the alphabet; "
                 f"use more than {tokenizer.get_vocab_size()}."
             )
+        if kind == "word" and tokenizer.get_vocab_size() == len(SPECIAL_PIECES):
+            raise ValueError(f"No word occurs min_frequency ({min_frequency}) times; lower it, or give more text.")
         return cls(tokenizer.to_str(pretty=True))
 
     @classmethod
@@ -145,34 +154,99 @@ class Tokenizer:
         """The ids of many texts, list of lists of int.
 
         Raises:
-            ValueError: if something is not str, or holds half a surrogate pair, which no UTF-8 text can.
+            ValueError: if something is not str, or holds half a surrogate pair, which no UTF-8 text can; or if a text
+                has a piece that the vocabulary lacks, and there is no piece for unknown ones either.
         """
+        return [row.ids for row in self._encodings(texts, self._tokenizer.encode_batch_fast)]
+
+    def pieces(self, text):
+        """The words, or parts of words, of a text as they are written in it, one for each id of `encode(text)`.
+
+        Unlike `tokens`, this shows what [UNK] stands for, and the text's own case and accents.
+
+        Args:
+            text: str.
+
+        Returns:
+            list of str, without the space before a word; a piece that is this space alone is "". If a character was
+            cut into several pieces (bytes of bpe and unigram), it stands in each of them.
+
+        Raises:
+            ValueError: as `encode_batch`.
+        """
+        [row] = self._encodings([text], self._tokenizer.encode_batch)
+        spans, blank = row.offsets, [token == self._written(" ") for token in row.tokens]
+        if row.ids[:1] == [self.unk_id] and len(spans) > 1 and spans[0][1] > spans[1][0]:
+            blank[0] = True  # the space that stands before every text, which has the place of the first character
+        return ["" if is_blank else text[a:b].removeprefix(" ") for is_blank, (a, b) in zip(blank, spans)]
+
+    def _encodings(self, texts, encode):
         texts = texts if isinstance(texts, str) else list(texts)
         if isinstance(texts, str) or not all(map(_is_text, texts)):
             raise ValueError(f"texts must be an iterable of str without lone surrogates; got {_shortened(texts)}.")
-        return [row.ids for row in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return encode(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"These texts cannot be encoded: {error}. A vocabulary that lacks some pieces needs one for unknown "
+                f"ones; this one has unk_id {self.unk_id}."
+            ) from error
 
     def decode(self, ids):
         """The text of a sequence of ids, str; special ids are skipped wherever they stand."""
         return self.decode_batch([ids])[0]
 
-    def decode_batch(self, rows):
-        """The texts of many sequences of ids (lists, or an int array (batch, length)), list of str.
+    def decode_batch(self, rows, unknown=None):
+        """The texts of many sequences of ids, list of str; special ids are skipped.
+
+        Args:
+            rows: list of sequences of int, or an int array (batch, length).
+            unknown: for each row a list of str, what is written for its unk_ids, in turn: each as a word, with a space
+                before it, but none after an elision (l') or before a hyphen. None skips them, too.
 
         Raises:
-            ValueError: if an id is outside the vocabulary.
+            ValueError: if an id is outside the vocabulary, or a row has another number of unk_ids than of words for
+                them.
         """
-        kept = [[i for i in self._checked(ids) if i not in self._special_ids] for ids in rows]
-        return self._tokenizer.decode_batch(kept, skip_special_tokens=True)
+        rows = [self._checked(ids) for ids in rows]
+        if unknown is None:
+            kept = [[i for i in ids if i not in self._special_ids] for ids in rows]
+            return self._tokenizer.decode_batch(kept, skip_special_tokens=True)
+        counts = [ids.count(self.unk_id) for ids in rows]
+        if counts != [len(words) for words in unknown]:
+            raise ValueError(f"unknown must have a word for each unk_id; the rows have {counts}, got {unknown}.")
+        return [self._decode_with(ids, words) for ids, words in zip(rows, unknown)]
+
+    def _decode_with(self, ids, words):
+        """The text of ids, with the words in place of the unk_ids: written as pieces, and joined by the decoder."""
+        words, pieces, decoder = iter(words), [], self._tokenizer.decoder
+        join = " ".join if decoder is None else decoder.decode
+        space = "" if join(["a", "b"]) == "a b" else " "
+        for i in ids:
+            if i == self.unk_id:
+                word = next(words)
+                after_elision = pieces and re.search(r"[^\W\d_]['’]$", self._readable(pieces[-1]))
+                glued = not pieces or after_elision or word.startswith("-")
+                pieces += [self._written(word if glued else space + word)] if word else []
+            elif i not in self._special_ids:
+                pieces.append(self._tokenizer.id_to_token(i))
+        return join([piece for piece in pieces if piece is not None])
 
     def tokens(self, ids):
         """The pieces as one reads them, list of str: "▁" marks a space, a byte of a cut character shows as \\xc3."""
         return [self._readable(self._tokenizer.id_to_token(i)) for i in self._checked(ids)]
 
     def _readable(self, piece):
-        if self._byte_of is None or piece is None or not all(c in self._byte_of for c in piece):
-            return str(piece)
-        return bytes(self._byte_of[c] for c in piece).decode("utf-8", "backslashreplace").replace(" ", "▁")
+        if self._byte_of is not None and piece is not None and all(c in self._byte_of for c in piece):
+            piece = bytes(self._byte_of[c] for c in piece).decode("utf-8", "backslashreplace")
+        return str(piece).replace(" ", "▁")
+
+    def _written(self, text):
+        """The text as a piece of this vocabulary would be written: the inverse of `_readable`."""
+        if self._byte_of is None:
+            return text
+        character = {byte: c for c, byte in self._byte_of.items()}
+        return "".join(character[byte] for byte in text.encode("utf-8"))
 
     def _checked(self, ids):
         array = np.asarray(ids)
@@ -206,10 +280,10 @@ def _blank(kind, vocab_size, lowercase, min_frequency):
     """An untrained tokenizers.Tokenizer and the trainer for it."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    if kind not in ("bpe", "wordpiece", "unigram"):
-        raise ValueError(f'kind must be "bpe", "wordpiece" or "unigram"; got {kind!r}.')
+    if kind not in ("bpe", "wordpiece", "unigram", "word"):
+        raise ValueError(f'kind must be "bpe", "wordpiece", "unigram" or "word"; got {kind!r}.')
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    minimum = len(SPECIAL_PIECES) + (1 if kind == "wordpiece" else len(alphabet))
+    minimum = len(SPECIAL_PIECES) + {"wordpiece": 1, "word": 0}.get(kind, len(alphabet))
     if vocab_size <= minimum:
         raise ValueError(f"vocab_size ({vocab_size}) must be more than {minimum} for kind {kind!r}.")
     common = dict(vocab_size=vocab_size, special_tokens=list(SPECIAL_PIECES), show_progress=False)
@@ -220,7 +294,10 @@ def _blank(kind, vocab_size, lowercase, min_frequency):
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
         return tokenizer, trainers.WordPieceTrainer(min_frequency=min_frequency, **common)
-    if kind == "bpe":
+    if kind == "word":
+        tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+        trainer = trainers.WordLevelTrainer(min_frequency=min_frequency, **common)
+    elif kind == "bpe":
         tokenizer = Tokenizer(models.BPE())
         trainer = trainers.BpeTrainer(min_frequency=min_frequency, initial_alphabet=alphabet, **common)
     else:
@@ -229,6 +306,10 @@ def _blank(kind, vocab_size, lowercase, min_frequency):
     # A space before the text, taken off again by the decoder: the first word has the pieces it has elsewhere.
     tokenizer.normalizer = normalizers.Sequence([*clean, normalizers.Prepend(" ")])
     words = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    if kind == "word":
+        tokenizer.pre_tokenizer = words
+        tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        return tokenizer, trainer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

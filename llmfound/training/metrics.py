@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 import keras
+import numpy as np
 from keras import ops
 
 from llmfound import kernels
@@ -135,3 +136,46 @@ def bleu(hypotheses, references, lowercase=False, tokenize="13a", bootstrap=0):
     estimate = json.loads(result.format(width=6, signature=signature, is_json=True))
     middle, half = estimate.get("confidence_mean", 0.0), estimate.get("confidence_var", 0.0)  # absent at score 0
     return BLEU(result.score, signature, (middle - half, middle + half))
+
+
+def bleu_by_length(hypotheses, references, sources, bins=(10, 20, 30, 40, 50), **options):
+    """Corpus BLEU of the sentences of each range of source lengths.
+
+    Source: Bahdanau, Cho, Bengio 2015, figure 2 and section 5.1, which draws it over the length of the sentences.
+
+    Args:
+        sources: sequence as long as the hypotheses, of str, whose words are what white space separates, or of int,
+            their lengths in words.
+        bins: ascending int, the longest source of each bin; what is longer than the last is a bin of its own.
+        hypotheses, references, **options: of `bleu`: lowercase, tokenize.
+
+    Returns:
+        list of dict, a bin each, shortest first, without those that have no sentence: "low" and "high", int, the
+        shortest and longest source that belong there (beyond the last of `bins`, the longest there is); "count", int,
+        its sentences; "length", float, their mean source length; "bleu", float, 0 to 100.
+
+    Raises:
+        ValueError: as `bleu`, and if the sources are not as many or neither str nor lengths, or bins do not ascend.
+    """
+    hypotheses, references, sources = list(hypotheses), list(references), list(sources)
+    if not 0 < len(hypotheses) == len(references) == len(sources):
+        raise ValueError(
+            f"need hypotheses, and a reference and a source for each; got {len(hypotheses)}, {len(references)} and "
+            f"{len(sources)}."
+        )
+    lengths = [len(source.split()) if isinstance(source, str) else source for source in sources]
+    for i, length in enumerate(lengths):
+        if isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < 0:
+            raise ValueError(f"sources must be str, or their lengths in words; entry {i} is {length!r}.")
+    highs = [int(high) for high in (*bins, max(lengths))]
+    lows = [0, *(high + 1 for high in highs[:-1])]
+    if lows != sorted({*lows}):
+        raise ValueError(f"bins must be lengths that ascend; got {bins}.")
+    records = []
+    for low, high in zip(lows, highs):
+        there = [i for i, length in enumerate(lengths) if low <= length <= high]
+        if there:
+            score = bleu([hypotheses[i] for i in there], [references[i] for i in there], **options).score
+            mean = float(np.mean([lengths[i] for i in there]))
+            records.append({"low": low, "high": high, "count": len(there), "length": mean, "bleu": score})
+    return records

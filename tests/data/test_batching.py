@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmfound.data import TranslationBatches, batching, pad
+from llmfound.data import Tokenizer, TranslationBatches, WindowedBatches, batching, pad
+from llmfound.models import Transformer
+from llmfound.training import Checkpoints
 
 START, END = 1, 2
 
@@ -326,6 +328,201 @@ def test_errors():
         TranslationBatches(pairs, Letters(), broken)
     with pytest.raises(ValueError, match="The source tokenizer has no pad_id, end_id; name the piece"):
         TranslationBatches(pairs, SimpleNamespace(pad_id=None, end_id=None), Letters())
+
+
+# WindowedBatches
+
+
+@pytest.mark.parametrize(
+    "count, batch_size, window, sorted_batches", [(1600, 80, 20, 20), (1601, 80, 10, 10), (7, 3, 1, 1)]
+)
+def test_a_window_is_sorted_by_the_longer_side(count, batch_size, window, sorted_batches):
+    pairs = random_pairs(count, longest=30)
+    batches = WindowedBatches(pairs, Letters(), batch_size=batch_size, window=window)
+    assert len(batches) == -(-count // batch_size)
+    assert Counter(contents(batches)) == expected(pairs)
+    longest = [max(np.count_nonzero(ids, axis=1).max() for ids in (x["source_ids"], y)) for x, y in batches]
+    for i in range(0, len(batches), sorted_batches):
+        assert longest[i : i + window] == sorted(longest[i : i + window])
+    assert {len(y) for _, y in batches} == {batch_size}
+    rows = [np.count_nonzero(y.any(axis=1)) for _, y in batches]
+    assert rows[:-1] == [batch_size] * (len(rows) - 1) and rows[-1] == (count - 1) % batch_size + 1
+
+
+def test_windows_hold_the_pairs_in_their_shuffled_order():
+    pairs = random_pairs(60)
+    batches = WindowedBatches(pairs, Letters(), batch_size=4, window=3, shuffle=False)
+    for i in range(0, len(batches), 3):
+        found = [pair for x, y in (batches[j] for j in range(i, i + 3)) for pair in contents_of(x, y)]
+        assert Counter(found) == expected(pairs[4 * i : 4 * (i + 3)])
+    unsorted = WindowedBatches(pairs, Letters(), batch_size=60, window=1, shuffle=False)
+    lengths = [max(map(len, pair)) for pair in contents(unsorted)]
+    assert lengths == sorted(lengths)  # within the batch
+
+
+def contents_of(x, labels):
+    rows = zip(x["source_ids"].tolist(), labels.tolist())
+    return [(tuple(i for i in s if i > END), tuple(i for i in t if i > END)) for s, t in rows]
+
+
+@given(
+    pairs=st.lists(st.tuples(words, words), min_size=1, max_size=40),
+    batch_size=st.integers(1, 6),
+    window=st.integers(1, 4),
+    length_multiple=st.sampled_from([1, 3, 8]),
+    shuffle=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+@settings(deadline=None)
+def test_windowed_batches_are_as_long_as_they_must_be(pairs, batch_size, window, length_multiple, shuffle, epoch):
+    batches = WindowedBatches(pairs, Letters(), None, batch_size, window, length_multiple, shuffle=shuffle)
+    batches.epoch = epoch
+    assert Counter(contents(batches)) == expected(pairs)
+    found = [batches[i] for i in range(len(batches))]
+    sides = [[x["source_ids"] for x, _ in found], [y for _, y in found]]
+    for arrays, texts in zip(sides, zip(*pairs)):
+        needed = [pad([row[row > 0] for row in ids], 0, length_multiple).shape[1] for ids in arrays]
+        lengths = [ids.shape[1] for ids in arrays]
+        may_vary = len({-(-(len(text) + 1) // length_multiple) for text in texts}) > 1
+        if len(found) > 1 and may_vary and needed[0] == needed[1]:
+            needed[1] += length_multiple
+        assert lengths == needed
+        assert len(found) == 1 or not may_vary or lengths[0] != lengths[1]  # as Keras on TensorFlow needs it
+    cells = sum(ids.size for side in sides for ids in side)
+    real = sum(np.count_nonzero(ids) for side in sides for ids in side)
+    assert batches.padding == pytest.approx(1 - real / cells)
+    assert batches.tokens_per_epoch == sum(np.count_nonzero(labels) for labels in sides[1])
+    shapes = {(*source.shape, labels.shape[1]) for source, labels in zip(*sides)}
+    assert batches.shapes == sorted(shapes, key=lambda shape: shape[1:])
+
+
+def test_order_of_windows_is_a_function_of_seed_and_epoch():
+    pairs = random_pairs(60)
+
+    def order(seed, epoch, shuffle=True):
+        batches = WindowedBatches(pairs, Letters(), batch_size=4, window=3, seed=seed, shuffle=shuffle)
+        batches.epoch = epoch
+        return contents(batches)
+
+    assert order(0, 0) == order(0, 0) and order(3, 7) == order(3, 7)
+    assert len({tuple(order(*key)) for key in itertools.product(range(2), range(3))}) == 6
+    assert order(0, 0, False) == order(1, 5, False)
+    batches = WindowedBatches(pairs, Letters(), batch_size=4, window=3)
+    passes = [contents(batches), batches.on_epoch_end(), contents(batches)]
+    assert batches.epoch == 1 and passes == [order(0, 0), None, order(0, 1)] and batches.asked.all()
+
+
+def test_order_of_windows_is_the_same_on_every_backend():
+    batches = WindowedBatches([(letter, "") for letter in "abcdefgh"], Letters(), batch_size=4, window=1, seed=1)
+    order = ["".join(chr(int(i) + 94) for i in x["source_ids"][:, 0]) for x, _ in batches]
+    assert order == ["fabe", "cgdh"]
+
+
+def test_sorting_saves_padding():
+    pairs = random_pairs(1000, longest=60)
+    padding = [
+        WindowedBatches(pairs, Letters(), batch_size=10, window=w, length_multiple=1).padding for w in (1, 4, 20)
+    ]
+    assert padding == sorted(padding, reverse=True) and padding[-1] < 0.75 * padding[0]
+
+
+def test_long_pairs_and_two_tokenizers_in_windows():
+    pairs = [("ab", "c"), ("abcdef", "a"), ("a", "cd")]
+    with pytest.warns(UserWarning, match="1 of 3 pairs have more than max_length=4 ids") as caught:
+        batches = WindowedBatches(pairs, Letters(), Shifted(), batch_size=2, length_multiple=1, max_length=4)
+    assert caught[0].filename == __file__
+    x, labels = batches[0]
+    assert batches.skipped == 1 and (batches.source_vocab_size, batches.target_vocab_size) == (29, 62)
+    assert sorted(x["source_ids"].tolist()) == [[3, 2, 0], [3, 4, 2]]
+    assert sorted(x["target_ids"].tolist()) == [[60, 5, 6], [60, 5, 50]]
+    assert sorted(labels.tolist()) == [[5, 6, 61], [5, 61, 50]]
+    with pytest.raises(ValueError, match="drop_long=True"):
+        WindowedBatches(pairs, Letters(), max_length=4, drop_long=False)
+
+
+def test_summary_of_windows():
+    batches = WindowedBatches([("a", "bc")] * 5, Letters(), batch_size=3)
+    assert str(batches) == (
+        "5 pairs (0 longer ones left out), 2 batches of 1 shapes (rows x source x target): 3x8x8; 15 labels, "
+        "74.0% padding"
+    )
+    many = str(WindowedBatches(random_pairs(900), Letters(), batch_size=2, length_multiple=1))
+    assert ", ..., 2x13x13; " in many and many.count("x") < 30
+
+
+def test_errors_of_windows():
+    for argument, bad in itertools.product(("batch_size", "window", "length_multiple", "max_length"), (0, None, 1.5)):
+        with pytest.raises(ValueError, match=f"{argument} must be an integer of at least 1; got {bad}"):
+            WindowedBatches([("a", "b")], Letters(), **{argument: bad})
+    with pytest.raises(ValueError, match="seed must be an integer of at least 0; got -1"):
+        WindowedBatches([("a", "b")], Letters(), seed=-1)
+    with pytest.raises(ValueError, match="no pairs"):
+        WindowedBatches([], Letters())
+
+
+def test_a_transformer_fits_windowed_batches_of_words():
+    short, long = "b c", "c a b a b c a b c a"
+    tokenizer = Tokenizer.train([short, long] * 2, 20, "word")
+    pairs = [(short, short)] * 8 + [(long, long)] * 8
+    batches = WindowedBatches(pairs, tokenizer, batch_size=4, window=4)
+    assert batches.shapes == [(4, 8, 8), (4, 16, 16)]
+    keras.utils.set_random_seed(0)
+    model = Transformer(tokenizer.vocab_size, 1, 8, 2, 16)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+    model.compile(keras.optimizers.Adam(0.01), loss)
+    history = model.fit(batches, epochs=3, shuffle=False, verbose=0).history
+    assert batches.epoch == 3 and history["loss"][-1] < history["loss"][0] < np.inf
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_fit_takes_windows_of_any_lengths(window):
+    pairs = random_pairs(60, longest=30)
+    batches, validation = (WindowedBatches(p, Letters(), batch_size=4, window=window) for p in (pairs, pairs[:21]))
+    assert len({s for _, s, _ in batches.shapes}) > 1 and len({t for _, _, t in batches.shapes}) > 1
+    history = compiled().fit(batches, epochs=2, validation_data=validation, verbose=0).history
+    assert batches.epoch == validation.epoch == 2
+    assert np.isfinite(history["loss"]).all() and np.isfinite(history["val_loss"]).all()
+
+
+def test_short_first_batches_do_not_fix_the_lengths():
+    """Here the first two batches need the same lengths in every epoch, and later ones need others."""
+    pairs = [("a", "b")] * 40 + [("abcdefghij" * 2, "abcdefghij")] * 8
+    batches = WindowedBatches(pairs, Letters(), batch_size=4, window=12)
+    assert batches.shapes == [(4, 8, 8), (4, 16, 16), (4, 24, 16)]
+    assert np.isfinite(compiled().fit(batches, epochs=2, shuffle=False, verbose=0).history["loss"]).all()
+    assert np.isfinite(compiled().evaluate(batches, verbose=0))
+
+
+class Stop(keras.callbacks.Callback):
+    """Ends training as a kill would, after some batches."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.left = batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_run_on_windows_goes_on_to_the_same_weights(tmp_path):
+    def run(folder, *callbacks):
+        batches = WindowedBatches(random_pairs(60, seed=1), Letters(), batch_size=4, window=3)
+        keras.utils.set_random_seed(0)
+        model = compiled()
+        model(batches[0][0])
+        checkpoints = Checkpoints(tmp_path / folder, batches, steps=4)
+        model.fit(batches, epochs=2, shuffle=False, verbose=0, callbacks=[checkpoints, *callbacks])
+        return model.get_weights(), batches.epoch
+
+    expected_weights, epoch = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", Stop(23))  # in the second epoch of 15 batches
+    weights, resumed_epoch = run("killed")
+    assert resumed_epoch == epoch == 2
+    for found, wanted in zip(weights, expected_weights):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_pad():

@@ -1,4 +1,5 @@
 import copy
+import functools
 import json
 import pickle
 import unicodedata
@@ -21,7 +22,8 @@ TEXTS = [
     "C'est l'été, dit-il.",
 ] * 5
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs", "Cn")))  # unassigned: Python's Unicode may be the older one
-KINDS = {kind: Tokenizer.train(TEXTS, size, kind) for kind, size in (("bpe", 400), ("unigram", 300), ("wordpiece", 90))}
+SIZES = {"bpe": 400, "unigram": 300, "wordpiece": 90, "word": 60}
+KINDS = {kind: Tokenizer.train(TEXTS, size, kind) for kind, size in SIZES.items()}
 
 
 def examples(test):
@@ -56,11 +58,12 @@ def test_any_text_survives_up_to_nfc(kind, text):
     assert len(tokenizer.tokens(ids)) == len(ids)
 
 
+@pytest.mark.parametrize("kind", ["wordpiece", "word"])
 @examples
 @given(text=ANY_TEXT)
 @settings(deadline=None)
-def test_wordpiece_takes_any_text(text):
-    tokenizer = KINDS["wordpiece"]
+def test_what_is_unknown_is_no_error(kind, text):
+    tokenizer = KINDS[kind]
     ids = tokenizer.encode(text)
     assert all(tokenizer.unk_id <= i < tokenizer.vocab_size for i in ids)
     tokenizer.decode(ids)
@@ -84,13 +87,15 @@ def test_pieces_respect_elisions_and_spaced_punctuation():
     assert words("a-t-il 42 ?!") == ["▁a", "-t", "-il", "▁4", "2", "▁?!"]
 
 
-def test_first_word_has_the_pieces_it_has_elsewhere():
-    tokenizer = KINDS["bpe"]
+@pytest.mark.parametrize("kind", ["bpe", "word"])
+def test_first_word_has_the_pieces_it_has_elsewhere(kind):
+    tokenizer = KINDS[kind]
     assert tokenizer.encode("house") == tokenizer.encode("the house")[-len(tokenizer.encode("house")) :]
 
 
-def test_decode_skips_specials_and_stops_nowhere():
-    tokenizer = KINDS["bpe"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_skips_specials_and_stops_nowhere(kind):
+    tokenizer = KINDS[kind]
     ids = tokenizer.encode("the house")
     assert tokenizer.decode([1, *ids, 2, 0, *tokenizer.encode("name"), 0]) == "the house name"
     rows = np.array([[1, *ids, 2], [1, *ids, 0]], "int32")
@@ -103,18 +108,138 @@ def test_cut_character_is_readable():
     assert tokenizer.tokens(tokenizer.encode("日"))[-3:] == ["\\xe6", "\\x97", "\\xa5"]
 
 
-def test_training_twice_gives_the_same_file():
-    assert Tokenizer.train(TEXTS, 400).to_json() == KINDS["bpe"].to_json()
+@pytest.mark.parametrize("kind", ["bpe", "word"])
+def test_training_twice_gives_the_same_file(kind):
+    assert Tokenizer.train(TEXTS, SIZES[kind], kind).to_json() == KINDS[kind].to_json()
 
 
-def test_lowercase_drops_case():
-    tokenizer = Tokenizer.train(TEXTS, 400, lowercase=True)
+@pytest.mark.parametrize("kind", ["bpe", "word"])
+def test_lowercase_drops_case(kind):
+    tokenizer = Tokenizer.train(TEXTS, 400, kind, lowercase=True)
     assert tokenizer.decode(tokenizer.encode("Où EST ?")) == "où est ?"
 
 
 def test_min_frequency_leaves_rare_pairs_apart():
     assert Tokenizer.train(["rare"], 400, min_frequency=2).vocab_size == 260
     assert Tokenizer.train(["rare"], 400, min_frequency=1).vocab_size > 260
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Where is the man's house ?",
+        "L'homme qu'elle a vu n'est pas là.",
+        "« Y a-t-il 42 (ou 7) l'été ? », dit-il.",
+        "Tokenised : l' homme n' est pas ( là ) .",
+        "  spaces \t and\nlines  ",
+        "",
+    ],
+)
+def test_known_words_survive_and_unknown_ones_are_one_id(text):
+    known = Tokenizer.train([text, *TEXTS], 1000, "word", min_frequency=1)
+    ids = known.encode(text)
+    assert known.decode(ids) == text and 3 not in ids
+    words, found = known.tokens(ids), KINDS["word"].tokens(KINDS["word"].encode(text))
+    vocabulary = KINDS["word"].tokens(range(KINDS["word"].vocab_size))
+    assert found == [word if word in vocabulary else "[UNK]" for word in words]
+
+
+def test_words_are_the_most_frequent_and_equals_stand_in_their_order():
+    texts = ["the cat", "the dog", "the cat sat", "an ant", "rare"] * 2
+    tokenizer = Tokenizer.train(texts, 8, "word")
+    assert tokenizer.tokens(range(8)) == [*SPECIALS, "▁the", "▁cat", "▁an", "▁ant"]
+    assert tokenizer.tokens(tokenizer.encode("the rare Cat sat")) == ["▁the", "[UNK]", "[UNK]", "[UNK]"]
+    assert Tokenizer.train(texts[:5], 100, "word").tokens(range(4, 6)) == ["▁the", "▁cat"]
+    assert Tokenizer.train(texts[:5], 100, "word").vocab_size == 6  # the others occur once
+    assert Tokenizer.train(texts[:5], 100, "word", min_frequency=1).vocab_size == 11
+
+
+def test_many_equals_are_ordered_the_same_every_time():
+    words = [a + b for a in "abcdefghijklmnop" for b in "abcdefghijklmnop"]
+    forwards, backwards = (Tokenizer.train([" ".join(w)] * 2, 100, "word") for w in (words, words[::-1]))
+    assert forwards.to_json() == backwards.to_json()
+    assert forwards.tokens(range(4, 100)) == [f"▁{word}" for word in words[:96]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lowercase", [False, True])
+@examples
+@given(text=ANY_TEXT)
+@settings(deadline=None, max_examples=30)
+def test_pieces_are_parts_of_the_text_one_for_each_id(kind, lowercase, text):
+    tokenizer = lowered(kind) if lowercase else KINDS[kind]
+    pieces = tokenizer.pieces(text)
+    assert len(pieces) == len(tokenizer.encode(text))
+    assert all(piece in text for piece in pieces)
+    if kind == "word":  # which cuts no character: all of the text stands in a piece, in its order
+        assert len(text) - len(pieces) <= sum(map(len, pieces)) <= len(text)
+        place = 0
+        for piece in pieces:
+            place = text.index(piece, place) + len(piece)
+
+
+@functools.cache
+def lowered(kind):
+    return Tokenizer.train(TEXTS, SIZES[kind], kind, lowercase=True)
+
+
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_pieces_show_what_is_unknown_as_it_is_written(lowercase):
+    tokenizer = lowered("word") if lowercase else KINDS["word"]
+    text = "Where  is L'E\u0301le\u0301phant-Roi, HOUSE 4 ?"
+    assert tokenizer.pieces(text) == [
+        "Where", "", "is", "L'", "E\u0301le\u0301phant", "-Roi", ",", "HOUSE", "4", "?"
+    ]  # fmt: skip
+    known = [token.strip("▁") for token in tokenizer.tokens(tokenizer.encode(text))]
+    assert known == [
+        "where" if lowercase else "Where", "[UNK]", "is", "l'" if lowercase else "L'", "[UNK]", "[UNK]", ",",
+        "house" if lowercase else "[UNK]", "[UNK]", "?",
+    ]  # fmt: skip
+
+
+def test_pieces_of_other_kinds():
+    assert KINDS["wordpiece"].pieces("Zzz ü 日日") == ["Zzz", "ü", "日日"]
+    assert "".join(KINDS["wordpiece"].pieces("the house")) == "thehouse"
+    assert KINDS["bpe"].pieces("l'été 日") == ["l'", "été", "", "日", "日", "日"]
+    assert KINDS["bpe"].pieces("日")[-3:] == ["日", "日", "日"]
+    assert KINDS["bpe"].tokens(KINDS["bpe"].encode("日"))[0] == "▁" and KINDS["bpe"].pieces("日")[0] == ""
+    assert KINDS["word"].pieces("\rhouse  Zzz") == ["", "\r", "house", "", "Zzz"]
+    assert KINDS["bpe"].pieces("a▁") == ["a", *["▁"] * 3]  # a character like others
+    assert Tokenizer.train(["a▁"], 10, "word", min_frequency=1).pieces("a▁") == ["a", "▁"]
+
+
+def test_words_in_place_of_unknown_ones_are_spaced():
+    tokenizer = Tokenizer.train(["L'homme vu (là), dit"], 100, "word", min_frequency=1)
+    elision, *others = tokenizer.encode("L'homme vu (là), dit")
+    assert tokenizer.tokens(others) == ["homme", "▁vu", "▁(", "là", "),", "▁dit"]
+    rows = [[3, elision, 3, *others[1:-1], 3, 3, 2, 0], [others[1]], [3, 1, others[-2]]]
+    words = [["Été", "oncle", "Zoé", "-Rémi"], [], ["d'"]]
+    assert tokenizer.decode_batch(rows, words) == ["Été L'oncle vu (là), Zoé-Rémi", "vu", "d'),"]
+    assert tokenizer.decode_batch([[3, 3, 3, others[1]]], [["d'", "Artagnan", ""]]) == ["d'Artagnan vu"]
+    assert tokenizer.decode_batch(np.array(rows[1:2]), [[]]) == ["vu"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_words_for_unknown_ones_in_bytes(kind):
+    ids = KINDS[kind].encode("the house")
+    assert KINDS[kind].decode_batch([[3, *ids, 3, 0]], [["日", "Été"]]) == ["日 the house Été"]
+
+
+def test_words_for_unknown_ones_in_files_of_others():
+    assert KINDS["wordpiece"].decode_batch([[3, *KINDS["wordpiece"].encode("the house"), 3]], [["a", "b"]]) == [
+        "a the house b"
+    ]
+    assert Tokenizer(plain_tokenizer().to_str()).decode_batch([[3, 10, 3, 4, 12]], [["a", "b"]]) == ["a the b house"]
+
+
+def test_round_trip_of_words(tmp_path):
+    tokenizer = KINDS["word"]
+    tokenizer.save(tmp_path / "tokenizer.json")
+    text = "L'été [END] [UNK] où  elephants ?"
+    for again in (Tokenizer.load(tmp_path / "tokenizer.json"), pickle.loads(pickle.dumps(tokenizer))):
+        assert again.encode(text) == tokenizer.encode(text) and again.pieces(text) == tokenizer.pieces(text)
+        assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+        assert (repr(again), again.to_json()) == (repr(tokenizer), tokenizer.to_json())
 
 
 def test_round_trip_through_file_string_pickle_and_copy(tmp_path):
@@ -187,6 +312,18 @@ def test_errors(tmp_path):
         Tokenizer.train(TEXTS, 400, "char")
     with pytest.raises(ValueError, match=r"vocab_size \(260\) must be more than 260"):
         Tokenizer.train(TEXTS, 260)
+    with pytest.raises(ValueError, match=r"vocab_size \(4\) must be more than 4 for kind 'word'"):
+        Tokenizer.train(TEXTS, 4, "word")
+    with pytest.raises(ValueError, match=r"No word occurs min_frequency \(31\) times"):
+        Tokenizer.train(TEXTS, 400, "word", min_frequency=31)
+    with pytest.raises(ValueError, match="5 as item 0"):
+        tokenizer.pieces(5)
+    for unknown in ([["a"]], [["a"], ["b", "c"]], [["a"], ["b"], []]):
+        with pytest.raises(ValueError, match=r"a word for each unk_id; the rows have \[1, 1\], got \[\['a'\]"):
+            tokenizer.decode_batch([[3], [3]], unknown)
+    with pytest.raises(ValueError, match=r"cannot be encoded: .*; this one has unk_id None"):
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="?"))
+        Tokenizer(words.to_str()).encode("b")
     with pytest.raises(ValueError, match=r"vocab_size \(9\) is too small"):
         Tokenizer.train(TEXTS, 9, "wordpiece")
     with pytest.raises(ValueError, match="0 items"):

@@ -1,11 +1,13 @@
 """Perplexity and accuracy over batches of unequal size, and BLEU."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from llmfound.training import Perplexity, SmoothedCrossEntropy, TokenAccuracy, bleu
+from llmfound.training import Perplexity, SmoothedCrossEntropy, TokenAccuracy, bleu, bleu_by_length
 
 
 def log_likelihoods(labels, logits):
@@ -182,3 +184,52 @@ def test_bleu_names_what_is_wrong(hypotheses, references, match):
 def test_bleu_of_one_resample():
     with pytest.raises(ValueError, match="got 1"):
         bleu(["a"], ["a"], bootstrap=1)
+
+
+LONGER = ["one two three four five", "one two three", "a b c d e f", "w x y z", "one two three four five six seven"]
+SPOKEN = ["one two three four", "one too three", "a b c d x f", "w x y z", "one two three four five six seven"]
+
+
+@pytest.mark.parametrize("as_lengths", [False, True])
+def test_bleu_by_length_is_the_bleu_of_each_bin(as_lengths):
+    sources = [5, np.int64(3), 6, 4, 7] if as_lengths else ["a  b c d e", "a b c", " x" * 6, "a b\tc d", "s " * 7]
+    records = bleu_by_length(SPOKEN, LONGER, sources, bins=(4, 6))
+    scores = [bleu([SPOKEN[i] for i in there], [LONGER[i] for i in there]).score for there in ([1, 3], [0, 2], [4])]
+    assert records == [
+        {"low": 0, "high": 4, "count": 2, "length": 3.5, "bleu": scores[0]},
+        {"low": 5, "high": 6, "count": 2, "length": 5.5, "bleu": scores[1]},
+        {"low": 7, "high": 7, "count": 1, "length": 7.0, "bleu": scores[2]},
+    ]
+    assert len({round(score) for score in scores}) == 3
+    assert json.loads(json.dumps(records)) == records
+
+
+def test_bleu_by_length_leaves_out_empty_bins_and_counts_every_sentence():
+    sources = [0, 3, 12, 35, 80]
+    records = bleu_by_length(SPOKEN, LONGER, sources)
+    found = [(r["low"], r["high"], r["count"], r["length"]) for r in records]
+    assert found == [(0, 10, 2, 1.5), (11, 20, 1, 12), (31, 40, 1, 35), (51, 80, 1, 80)]
+    [record] = bleu_by_length(SPOKEN, LONGER, sources, bins=())
+    assert record == {"low": 0, "high": 80, "count": 5, "length": 26.0, "bleu": bleu(SPOKEN, LONGER).score}
+    [record] = bleu_by_length(["A B C D"], [["a b c d", "x"]], ["s"], lowercase=True, tokenize="none")
+    np.testing.assert_allclose(record["bleu"], 100)
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        (([], [], []), "got 0, 0 and 0"),
+        ((["a"], ["a"], ["a", "b"]), "a reference and a source for each; got 1, 1 and 2"),
+        ((["a"], ["a", "b"], ["a"]), "got 1, 2 and 1"),
+        ((["a", "b"], ["a", "b"], ["a", 1.5]), "str, or their lengths in words; entry 1 is 1.5"),
+        ((["a"], ["a"], [-1]), "entry 0 is -1"),
+        ((["a"], ["a"], [True]), "entry 0 is True"),
+        ((["a"], ["a"], ["a"], (10, 10)), r"bins must be lengths that ascend; got \(10, 10\)"),
+        ((["a"], ["a"], ["a"], (20, 10)), r"got \(20, 10\)"),
+        ((["a"], ["a"], ["a"], (-1, 10)), r"got \(-1, 10\)"),
+        (([3], ["a"], ["a"]), "must be str; entry 0"),
+    ],
+)
+def test_bleu_by_length_names_what_is_wrong(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        bleu_by_length(*arguments)
