@@ -70,6 +70,7 @@ def work(system, sizes, calls):
     """Builds, warms up and times one system in this process; returns what the parent wants to know."""
     run = system.build(sizes)
     runs = run if isinstance(run, dict) else {"": run}
+    built = peak_memory()
     start = None
     for one in runs.values():
         for _ in range(WARM_UP_CALLS):
@@ -81,9 +82,13 @@ def work(system, sizes, calls):
             before = time.perf_counter()
             one()
             seconds[label].append(time.perf_counter() - before)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     versions = {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
-    return {"seconds": seconds, "start": start, "peak": peak, "versions": versions}
+    return {"seconds": seconds, "start": start, "built": built, "peak": peak_memory(), "versions": versions}
+
+
+def peak_memory():
+    """The largest memory of this process until now, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def launch(script, system, sizes, options):
@@ -126,7 +131,7 @@ def measure(script, systems, sizes, options):
             for label, seconds in answer["seconds"].items():
                 known["seconds"][label] += seconds
             known["start"] = min(known["start"], answer["start"])
-            known["peak"] = max(known["peak"], answer["peak"])
+            known["peak"], known["built"] = max((one["peak"], one["built"]) for one in (known, answer))
     return results
 
 

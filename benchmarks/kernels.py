@@ -13,6 +13,7 @@ TEXT = """Milliseconds of the fastest call, forward and backward, compiled by XL
 `adam_update` of the weights
 of {layers} layers of width {dim} and {vocabulary} embeddings; `write` of one token into a cache of {length} for
 {sentences} sentences, `top_k` the 8 largest of {batch} x {vocabulary} logits, `unfold` {length} steps of a recurrence,
+`additive_scores` of {length} queries and {length} keys of width {dim} for {sentences} sentences,
 `compiled` a Transformer of one layer, `dense` from width {head_dim} to itself, `layer_norm`, `split_heads`,
 `join_heads` and `dot_product_attention` (over {length} keys) for one position of {sentences} sentences and {heads}
 heads of {head_dim}, all forward alone; `fast_matmul` for ({batch}, {dim}) x ({dim}, {inner})."""
@@ -122,6 +123,11 @@ def position(sizes):
     return normal(sizes["sentences"], 1, sizes["heads"] * sizes["head_dim"])
 
 
+def additive_scores(kernel, sizes):
+    queries = normal(sizes["sentences"], sizes["length"], sizes["dim"])
+    return forward_and_backward(kernel, queries, normal(*queries.shape), normal(sizes["dim"]))
+
+
 def heads(sizes, length):
     return normal(sizes["sentences"], sizes["heads"], length, sizes["head_dim"])
 
@@ -202,7 +208,7 @@ def fast_matmul(kernel, sizes):
 
 CASES = [
     dense, layer_norm, split_heads, join_heads, dot_product_attention, dropout, token_cross_entropy, adam_update, write,
-    top_k, unfold, compiled, fast_matmul,
+    top_k, unfold, compiled, fast_matmul, additive_scores,
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ MATRICES, NORM, FEEDFORWARD = 4, 2, 4  # weights
 
 # What cannot apply, and why. `check_layer` makes a step of training with each of these layers.
 SEVERAL_INPUTS = "its training step hands all inputs over as the first argument of call"
-NO_CALL = "an abstract layer cannot be called: only the tests of its config apply"
+NO_CALL = "an abstract layer cannot be called, nor a cell without its states: only the tests of its config apply"
 
 # class: arguments, inputs, what is expected, and a reason from above
 CASES = {
@@ -72,6 +72,31 @@ CASES = {
         dict(shape=(2, 4, 6), dtype="float32", weights=FEEDFORWARD, seeds=0, masking=True),
         None,
     ),
+    "Maxout": (
+        dict(pieces=2),
+        dict(x=X),
+        dict(shape=(2, 4, 4), dtype="float32", weights=0, seeds=0, masking=True),
+        None,
+    ),
+    "GatedRecurrence": (
+        dict(units=3, reset_after=True, use_recurrent_bias=True),
+        dict(x=X, mask=MASK),
+        dict(shape=((2, 4, 3), (2, 3)), dtype=("float32", "float32"), weights=4, seeds=0, masking=True),
+        SEVERAL_INPUTS,
+    ),
+    "LSTM": (
+        dict(units=3, weight_dropout=0.1),
+        dict(sequences=X),
+        dict(shape=(2, 3), dtype="float32", weights=3, seeds=2, masking=True),
+        None,
+    ),
+    "GRU": (
+        dict(units=3, return_sequences=True, weight_dropout=0.1),
+        dict(sequences=X),
+        dict(shape=(2, 4, 3), dtype="float32", weights=3, seeds=2, masking=True),
+        None,
+    ),
+    "AttentionCell": (dict(cell=keras.layers.GRUCell(3), units=4, memory_dim=6), None, dict(masking=False), NO_CALL),
     "MaskedLMHead": (
         dict(vocab_size=11, hidden_dim=8),
         dict(x=X, masked_positions=POSITIONS, embeddings=EMBEDDINGS),
@@ -121,7 +146,7 @@ def test_keras_own_test_of_a_layer(name):
     TestCase().run_layer_test(
         maker(layer_class, inputs),
         init_kwargs,
-        input_data=inputs if len(inputs) > 1 else inputs["x"],
+        input_data=inputs if len(inputs) > 1 else next(iter(inputs.values())),
         expected_output_shape=expected["shape"],
         expected_output_dtype=expected["dtype"],
         expected_num_trainable_weights=expected["weights"],

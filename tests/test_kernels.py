@@ -610,3 +610,248 @@ def test_compiled_follows_shapes_static_values_and_weights(body):
         y = body(model, scaled, factor)({"x": x}, np.float32(0.5))["y"]
         assert isinstance(y, np.ndarray)
         assert_close(y, (x.astype("float64") @ kernel + bias) * factor + 0.5, 1e-6)
+
+
+# Additive attention
+
+
+def additive(query, keys, scale):
+    return np.tanh(query[:, :, None] + keys[:, None]) @ scale
+
+
+@pytest.fixture(params=[1, 2, 10**6], ids="{} queries at a time".format)
+def at_once(request, monkeypatch):
+    """How many queries of (2, 4, 5) keys `additive_scores` takes at a time."""
+    chunk_bytes = dict.fromkeys(reference.CHUNK_BYTES, 4 * 2 * 4 * 5 * request.param)
+    monkeypatch.setattr(reference, "CHUNK_BYTES", chunk_bytes)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_additive_scores(queries, at_once):
+    values = random(2, queries, 5), random(2, 4, 5, seed=1), random(5, seed=2)
+    assert_equals_numpy("additive_scores", additive, *values)
+
+
+@pytest.mark.parametrize("learnt", range(3))
+def test_additive_scores_of_constants(learnt, at_once):
+    values = [random(2, 3, 5), random(2, 4, 5, seed=1), random(5, seed=2)]
+
+    def put(body, convert=lambda x: x):
+        return lambda x: body(*[x if i == learnt else convert(v) for i, v in enumerate(values)])
+
+    assert_equals_numpy(
+        "additive_scores", put(additive), values[learnt], call=lambda body: put(body, ops.convert_to_tensor)
+    )
+
+
+@pytest.mark.parametrize("body", bodies("additive_scores"))
+def test_additive_scores_far_from_zero(body, at_once):
+    query, keys, scale = 1e3 * random(2, 3, 5), 1e3 * random(2, 4, 5, seed=1), random(5, seed=2)
+    keys[0, 0] = -query[0, 0]
+    actual = body(*map(ops.convert_to_tensor, (query, keys, scale)))
+    assert_close(actual, additive(query, keys, scale), 1e-6)
+    assert all(np.isfinite(g).all() for g in gradients(body, query, keys, scale))
+
+
+@pytest.mark.parametrize("body", bodies("additive_scores"))
+def test_additive_scores_in_bfloat16(body, at_once):
+    values = [ops.cast(random(2, *shape, seed=i), "bfloat16") for i, shape in enumerate([(3, 5), (4, 5)])]
+    scale = ops.cast(random(5, seed=2), "bfloat16")
+    scores = body(*values, scale)
+    assert keras.backend.standardize_dtype(scores.dtype) == "bfloat16"
+    exact = additive(*[numpy(ops.cast(x, "float32")).astype("float64") for x in (*values, scale)])
+    assert_close(ops.cast(scores, "float32"), exact, 0.02)
+
+
+@pytest.mark.parametrize("body", bodies("additive_scores"))
+@pytest.mark.parametrize("shapes", [[(2, 3, 5), (2, 4, 5)], [(None, None, 5), (None, None, 5)]], ids=["known", "open"])
+def test_additive_scores_of_symbols(body, shapes, at_once):
+    """Also where the shapes are open, as in a functional model, which then fits and predicts any."""
+
+    class Scores(keras.layers.Layer):
+        def build(self, *_, **__):
+            self.kernel = self.add_weight(shape=(5,))
+
+        def call(self, query, keys):
+            return body(query, keys, ops.convert_to_tensor(self.kernel))
+
+    inputs = [keras.Input(batch_shape=shape) for shape in shapes]
+    output = Scores()(*inputs)
+    assert output.shape == (*shapes[0][:2], shapes[1][1])
+    model = keras.Model(inputs, output)
+    for jit in (False, True) if keras.backend.backend() == "tensorflow" else ("auto",):
+        model.compile("sgd", "mse", jit_compile=jit)
+        query, keys = random(2, 3, 5), random(2, 4, 5)
+        assert_close(model.predict([query, keys], verbose=0), additive(query, keys, numpy(model.weights[0])), 1e-6)
+        assert np.isfinite(model.train_on_batch([query, keys], np.zeros((2, 3, 4))))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the backend is not PyTorch")
+def test_additive_scores_in_torch(at_once):
+    import torch
+
+    values = [ops.convert_to_tensor(random(*shape)) for shape in [(2, 3, 5), (2, 4, 5), (5,)]]
+    expected = numpy(kernels.additive_scores(*values))
+    with torch.inference_mode():
+        assert_close(kernels.additive_scores(*values), expected, 0)
+    values = [x.requires_grad_() for x in values]
+    found = []
+    for body in bodies("additive_scores"):
+        gradient = torch.autograd.grad(body(*values).sum(), values, create_graph=True)
+        penalty = sum((x**2).sum() for x in gradient)
+        found.append([numpy(x) for x in torch.autograd.grad(penalty, values)])
+    assert_close(found[-1], found[0], 1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the backend is not TensorFlow")
+@pytest.mark.parametrize("jit", [False, True])
+def test_additive_scores_in_a_loop_of_tensorflow(jit, at_once):
+    """A decoder's: each query comes of the scores before."""
+    import tensorflow as tf
+
+    start, keys, scale = (tf.constant(random(*shape, seed=i)) for i, shape in enumerate([(2, 1, 5), (2, 4, 5), (5,)]))
+
+    def run(body, loop):
+        @tf.function(jit_compile=jit and loop)
+        def run(start, keys, scale):
+            def step(i, query):
+                return i + 1, query + tf.matmul(tf.nn.softmax(body(query, keys, scale)), keys)
+
+            with tf.GradientTape() as tape:
+                tape.watch((start, keys, scale))
+                query = start
+                if loop:
+                    _, query = tf.while_loop(lambda i, _: i < 4, step, (0, query), maximum_iterations=4)
+                else:
+                    for i in range(4):
+                        _, query = step(i, query)
+            return query, *tape.gradient(query, (start, keys, scale))
+
+        return [numpy(x) for x in run(start, keys, scale)]
+
+    assert_close(run(kernels.additive_scores, True), run(reference.additive_scores, False), 1e-5)
+
+
+# Recurrence
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_recurrence(reverse):
+    """Weights common and of each row, a product that feeds the next, what all positions share, a mask, two states."""
+    mask = np.array([[1, 1], [0, 1], [1, 0]], bool)
+
+    def step(state, x, product, shared, where, tanh):
+        (a, b), (x, m) = state, x
+        hidden = tanh(product("common", a) + x * shared)
+        a, b = where(m[:, None], hidden, a), b + product("own", hidden)
+        return (a, b), (a * b[:, :3], b)
+
+    def definition(a, b, x, common, own, shared):
+        def product(name, left):
+            return left @ common if name == "common" else np.einsum("bi,bij->bj", left, own)
+
+        rows, state = [None] * 3, (a, b)
+        for t in range(3)[:: -1 if reverse else 1]:
+            state, rows[t] = step(state, (x[t], mask[t]), product, shared, np.where, np.tanh)
+        return np.concatenate([*state, *[x for row in rows for x in row]], axis=1)
+
+    def call(body):
+        def run(a, b, x, common, own, shared):
+            def one(state, x, product, shared):
+                return step(state, x, product, shared["s"], ops.where, ops.tanh)
+
+            inputs, weights = (x, ops.convert_to_tensor(mask)), {"common": common, "own": own}
+            state, rows = body(one, (a, b), inputs, weights, {"s": shared}, reverse)
+            return ops.concatenate([*state, *[x[t] for t in range(3) for x in rows]], axis=1)
+
+        return run
+
+    shapes = (2, 3), (2, 4), (3, 2, 3), (3, 3), (2, 3, 4), (2, 3)
+    values = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+    assert_equals_numpy("recurrence", definition, *values, call=call, value_tolerance=2e-6)
+
+
+KEPT = {"no mask": None, "mask": np.array([[0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)}
+
+
+def over(x, mask, reverse, state, step):
+    """Outputs of a recurrence in NumPy, and after them the last state, (batch, length + states, n)."""
+    rows = [None] * x.shape[1]
+    for t in range(x.shape[1])[:: -1 if reverse else 1]:
+        new = step(state, x[:, t])
+        keep = np.ones((len(x), 1)) if mask is None else mask[:, t, None]
+        state = [np.where(keep, n, s) for n, s in zip(new, state)]
+        rows[t] = state[0]
+    return np.stack([*rows, *state], axis=1)
+
+
+@pytest.mark.parametrize("mask", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("update, reset_after, projected", [("new", False, False), ("old", True, False),
+                                                            ("old", False, True)])  # fmt: skip
+def test_gru(mask, reverse, update, reset_after, projected):
+    def definition(x, h, recurrent, kernel=None, bias=0, recurrent_bias=0):
+        def step(state, x):
+            x, (h,) = x if kernel is None else x @ kernel + bias, state
+            u = h @ recurrent + recurrent_bias
+            z, r = sigmoid(x[:, :2] + u[:, :2]), sigmoid(x[:, 2:4] + u[:, 2:4])
+            c = np.tanh(x[:, 4:] + (r * u[:, 4:] if reset_after else (r * h) @ recurrent[:, 4:]))
+            return [h + z * (c - h) if update == "new" else c + z * (h - c)]
+
+        return over(x, mask, reverse, [h], step)
+
+    def call(body):
+        def run(x, h, recurrent, kernel=None, bias=None, recurrent_bias=None):
+            keep = None if mask is None else ops.convert_to_tensor(mask)
+            outputs, last = body(x, h, kernel, recurrent, bias, recurrent_bias, keep, reverse, reset_after, update)
+            return ops.concatenate([outputs, last[:, None]], axis=1)
+
+        return run
+
+    values = [random(3, 4, 6 if projected else 2, seed=1), random(3, 2, seed=2), random(2, 6, seed=3)]
+    if not projected:
+        values += [random(2, 6, seed=4), random(6, seed=5)] + [random(6, seed=6)] * reset_after
+    assert_equals_numpy("gru", definition, *values, call=call, value_tolerance=2e-6)
+
+
+@pytest.mark.parametrize("mask", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_lstm(mask, reverse, bias):
+    def definition(x, h, c, kernel, recurrent, bias=0):
+        def step(state, x):
+            h, c = state
+            i, f, g, o = np.split(x @ kernel + h @ recurrent + bias, 4, axis=1)
+            c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+            return [sigmoid(o) * np.tanh(c), c]
+
+        return over(x, mask, reverse, [h, c], step)
+
+    def call(body):
+        def run(x, h, c, kernel, recurrent, bias=None):
+            keep = None if mask is None else ops.convert_to_tensor(mask)
+            outputs, last = body(x, (h, c), kernel, recurrent, bias, keep, reverse)
+            return ops.concatenate([outputs, *[s[:, None] for s in last]], axis=1)
+
+        return run
+
+    shapes = [(3, 4, 2), (3, 2), (3, 2), (2, 8), (2, 8)] + [(8,)] * bias
+    values = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+    assert_equals_numpy("lstm", definition, *values, call=call, value_tolerance=2e-6)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_recurrent_kernels_read_no_number_behind_a_mask(name):
+    """Not a number in padding does not get out, and no gradient comes of it."""
+    body, gates = getattr(kernels, name), 3 if name == "gru" else 4
+    x = random(2, 3, 2)
+    x[0, 2] = np.nan
+    mask = ops.convert_to_tensor(np.array([[1, 1, 0], [1, 1, 1]], bool))
+    state = ops.zeros((2, 2)) if name == "gru" else (ops.zeros((2, 2)), ops.zeros((2, 2)))
+    weights = [ops.convert_to_tensor(random(2, 2 * gates, seed=i)) for i in range(2)]
+    outputs, _ = body(ops.convert_to_tensor(x), state, *weights, **{"mask": mask})
+    assert np.isfinite(numpy(outputs)).all()

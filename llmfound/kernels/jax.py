@@ -1,5 +1,6 @@
 """Overrides for JAX."""
 
+import functools
 import math
 import weakref
 
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-__all__ = ["dropout", "compiled"]
+from llmfound.kernels import reference
+
+__all__ = ["dropout", "compiled", "additive_scores", "recurrence", "gru", "lstm"]
 
 _programs = weakref.WeakKeyDictionary()  # model: {(function, static): its compiled program}
 
@@ -63,3 +66,92 @@ class _Weights(keras.StatelessScope):
                 "call it once; if it is not a Keras model, give it a property `variables`."
             )
         return value
+
+
+def recurrence(step, state, inputs, weights, shared=(), reverse=False):
+    """A scan whose backward pass forms each weight's gradient as one product; see `reference.recurrence`.
+
+    Every product gets a zero added, at every position another: its gradient is that of the product. Products are kept
+    for the backward pass; what lies between them is computed again.
+    """
+    return _recurrence(step, reverse, state, inputs, weights, shared)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recurrence(step, reverse, state, inputs, weights, shared):
+    def product(name, left):
+        return reference.times(left, weights[name])
+
+    return jax.lax.scan(lambda state, x: step(state, x, product, shared), state, inputs, reverse=reverse)
+
+
+def _recurrence_forward(step, reverse, state, inputs, weights, shared):
+    def one(state, x, zeros, weights, shared):
+        factors, products = {}, {}
+
+        def product(name, left):
+            factors[name] = left
+            products[name] = reference.times(left, weights[name])
+            return products[name] if zeros is None else products[name] + zeros[name]
+
+        state, output = step(state, x, product, shared)
+        return state, output, factors, products
+
+    first = jax.tree.map(lambda x: x[0], inputs)
+    shapes = jax.eval_shape(lambda *a: one(a[0], a[1], None, *a[2:])[3], state, first, weights, shared)
+    length = jax.tree.leaves(inputs)[0].shape[0]
+    zeros = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), shapes)
+
+    def loop(state, inputs, zeros, shared):
+        @functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+        def body(state, inputs):
+            state, output, factors, _ = one(state, *inputs, weights, shared)
+            return state, (output, factors)
+
+        state, (outputs, factors) = jax.lax.scan(body, state, (inputs, zeros), reverse=reverse)
+        return (state, outputs), factors
+
+    result, backward, factors = jax.vjp(loop, state, inputs, zeros, shared, has_aux=True)
+    return result, (backward, factors, weights)
+
+
+def _recurrence_backward(step, reverse, kept, gradients):
+    backward, factors, weights = kept
+    state, inputs, products, shared = backward(gradients)
+    formula = {2: "tbi,tbj->ij", 3: "tbi,tbj->bij"}
+    weights = {name: jnp.einsum(formula[w.ndim], factors[name], products[name]) for name, w in weights.items()}
+    return state, inputs, weights, shared
+
+
+_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+
+def gru(x, state, kernel, recurrent_kernel, bias=None, recurrent_bias=None, mask=None, reverse=False,
+        reset_after=False, update="old"):  # fmt: skip
+    return reference.gru_by(
+        recurrence, x, state, kernel, recurrent_kernel, bias, recurrent_bias, mask, reverse, reset_after, update
+    )
+
+
+def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False):
+    return reference.lstm_by(recurrence, x, state, kernel, recurrent_kernel, bias, mask, reverse)
+
+
+def additive_scores(query, keys, scale):
+    """A loop over chunks of queries, whose backward pass computes tanh again; see `reference.additive_scores`."""
+    dtype = jnp.result_type(query, keys, scale)
+    query, keys, scale = (x.astype(jnp.promote_types(dtype, "float32")) for x in (query, keys, scale))
+    queries = query.shape[1]
+    if not all(isinstance(n, int) for n in (queries, *keys.shape)):  # symbols, of no size yet
+        return reference.additive_scores(query, keys, scale).astype(dtype)
+    chunk = reference.queries_at_once(keys.shape, "cpu" if jax.default_backend() == "cpu" else "gpu")
+    if chunk >= queries:
+        return jax.checkpoint(reference.additive_scores)(query, keys, scale).astype(dtype)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(query):
+        return reference.additive_scores(query.swapaxes(0, 1), keys, scale).swapaxes(0, 1)
+
+    query = jnp.pad(query.swapaxes(0, 1), ((0, -queries % chunk), (0, 0), (0, 0)))
+    scores = jax.lax.map(one, query.reshape(-1, chunk, *query.shape[1:]))
+    return scores.reshape(-1, *scores.shape[2:])[:queries].swapaxes(0, 1).astype(dtype)

@@ -19,6 +19,10 @@ __all__ = [
     "compiled",
     "unfold",
     "top_k",
+    "additive_scores",
+    "recurrence",
+    "gru",
+    "lstm",
 ]
 
 SEED_FACTORS = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # odd, their high bits mix the two words of a Keras seed
@@ -154,3 +158,276 @@ def top_k(x, k):
     if (values[..., 1:] == values[..., :-1]).any():
         values, indices = torch.sort(x, dim=-1, descending=True, stable=True)
     return values[..., :k], indices[..., :k].int()
+
+
+def recurrence(step, state, inputs, weights, shared=(), reverse=False):
+    """A loop whose backward pass forms each weight's gradient as one product; see `reference.recurrence`."""
+    nests = state, inputs, weights, shared
+    tensors = keras.tree.flatten(nests)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return reference.recurrence(step, state, inputs, weights, shared, reverse)
+    shapes = {}  # filled by the forward pass
+    flat = _Recurrence.apply(step, nests, reverse, shapes, *tensors)
+    return keras.tree.pack_sequence_as(shapes["result"], flat)
+
+
+class _Recurrence(torch.autograd.Function):
+    """The loop runs on copies without history; the graph it makes is kept and gone through in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, step, nests, reverse, shapes, *tensors):
+        copies = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
+        state, inputs, weights, shared = keras.tree.pack_sequence_as(nests, copies)
+        factors, products = ({name: [] for name in weights} for _ in range(2))
+
+        def product(name, left):
+            factors[name].append(left)
+            products[name].append(reference.times(left, weights[name].detach()))
+            return products[name][-1]
+
+        with torch.enable_grad():
+            loop = _by_position(step, state, inputs, product, shared, reverse)
+            result = keras.tree.flatten(loop)
+        shapes["result"] = loop
+        ctx.kept = nests, copies, factors, products, result
+        return tuple(x.detach() for x in result)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        nests, copies, factors, products, result = ctx.kept
+        weights = {id(x) for x in keras.tree.flatten(keras.tree.pack_sequence_as(nests, copies)[2])}
+        wanted = [x for x in copies if x.requires_grad and id(x) not in weights]
+        flat = [z for name in products for z in products[name] if z.requires_grad]
+        pairs = [(x, g) for x, g in zip(result, gradients) if x.requires_grad]
+        found = torch.autograd.grad([x for x, _ in pairs], wanted + flat, [g for _, g in pairs], allow_unused=True)
+        found = {id(x): g for x, g in zip(wanted + flat, found) if g is not None}
+        of_weights = {}
+        for name, weight in keras.tree.pack_sequence_as(nests, copies)[2].items():
+            rows = [(x, found[id(z)]) for x, z in zip(factors[name], products[name]) if id(z) in found]
+            if weight.requires_grad and rows:
+                left, right = (torch.stack(side) for side in zip(*rows))
+                formula = "tbi,tbj->ij" if weight.ndim == 2 else "tbi,tbj->bij"
+                of_weights[id(weight)] = torch.einsum(formula, left.detach(), right)
+        ctx.kept = None
+        return None, None, None, None, *[of_weights.get(id(x), found.get(id(x))) for x in copies]
+
+
+def _by_position(step, state, inputs, product, shared, reverse):
+    """`reference.recurrence` with a given `product`."""
+    leaves = keras.tree.flatten(inputs)
+    rows = list(zip(*[x.unbind() for x in leaves]))
+    outputs = [None] * len(rows)
+    for t in reversed(range(len(rows))) if reverse else range(len(rows)):
+        state, outputs[t] = step(state, keras.tree.pack_sequence_as(inputs, rows[t]), product, shared)
+    return state, keras.tree.map_structure(lambda *rows: torch.stack(rows), *outputs)
+
+
+def gru(x, state, kernel, recurrent_kernel, bias=None, recurrent_bias=None, mask=None, reverse=False,
+        reset_after=False, update="old"):  # fmt: skip
+    """A loop with its backward pass written out: a third of the calls of torch's autograd. See `reference.gru`."""
+    kernel, recurrent_kernel = _tensor(kernel), _tensor(recurrent_kernel)
+    mask = None if mask is None else mask.to(torch.bool).t().unsqueeze(-1)
+    arguments = x, state, kernel, recurrent_kernel, _tensor(bias), _tensor(recurrent_bias), mask
+    return _GRU.apply(reverse, reset_after, update == "new", *arguments)
+
+
+class _GRU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, reverse, after, new, x, state, kernel, recurrent, bias, recurrent_bias, mask):
+        batch, length, _ = x.shape
+        n = len(recurrent)
+        gates = x.transpose(0, 1)
+        gates = gates.clone(memory_format=torch.contiguous_format) if kernel is None else dense(gates, kernel, bias)
+        z_and_r, candidates = gates[..., : 2 * n], gates[..., 2 * n :]
+        inner = gates.new_empty(length, batch, n)  # r h, or with reset_after h U
+        states = gates.new_empty(length, batch, n)
+        times = range(length - 1, -1, -1) if reverse else range(length)
+        h = state
+        for t in times:
+            zr, c = z_and_r[t], candidates[t]
+            if after:
+                product = dense(h, recurrent, recurrent_bias)
+                zr.add_(product[:, : 2 * n]).sigmoid_()
+                inner[t] = product[:, 2 * n :]
+                c.addcmul_(zr[:, n:], inner[t])
+            else:
+                zr.addmm_(h, recurrent[:, : 2 * n]).sigmoid_()
+                torch.mul(zr[:, n:], h, out=inner[t])
+                c.addmm_(inner[t], recurrent[:, 2 * n :])
+            c.tanh_()
+            z = zr[:, :n]
+            following = torch.lerp(h, c, z) if new else torch.lerp(c, h, z)
+            states[t] = following if mask is None else torch.where(mask[t], following, h)
+            h = states[t]
+        ctx.options = reverse, after, new
+        ctx.save_for_backward(x, state, kernel, recurrent, gates, inner, states, mask)
+        ctx.has_bias = bias is not None, recurrent_bias is not None
+        return states.transpose(0, 1), h.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_outputs, of_last):
+        reverse, after, new = ctx.options
+        x, state, kernel, recurrent, gates, inner, states, mask = ctx.saved_tensors
+        length, batch, n = states.shape
+        first = state.unsqueeze(0)
+        before = torch.cat([states[1:], first] if reverse else [first, states[:-1]])
+        of_gates = torch.empty_like(gates)
+        of_inner = torch.empty_like(inner) if after else None
+        of_outputs = of_outputs.transpose(0, 1)
+        zr_kernel, c_kernel = recurrent[:, : 2 * n].t(), recurrent[:, 2 * n :].t()
+        dh = of_last
+        for t in range(length) if reverse else range(length - 1, -1, -1):
+            z, r, c = gates[t].split(n, dim=1)
+            h, dgates = before[t], of_gates[t]
+            dh = dh + of_outputs[t]
+            skipped = None
+            if mask is not None:
+                skipped = dh.masked_fill(mask[t], 0)
+                dh = dh.masked_fill(~mask[t], 0)
+            dz = dh * (c - h) if new else dh * (h - c)
+            dc = dh * z if new else torch.addcmul(dh, dh, z, value=-1)
+            dh = dh - dc
+            da = torch.addcmul(dc, dc * c, c, value=-1, out=dgates[:, 2 * n :])
+            if after:
+                torch.mul(da, r, out=of_inner[t])
+                dr = da * inner[t]
+            else:
+                drh = da @ c_kernel
+                dr = drh * h
+                dh.addcmul_(drh, r)
+            gate = gates[t, :, : 2 * n]
+            torch.mul(torch.cat([dz, dr], 1), torch.addcmul(gate, gate, gate, value=-1), out=dgates[:, : 2 * n])
+            dh.addmm_(dgates[:, : 2 * n], zr_kernel)
+            if after:
+                dh.addmm_(of_inner[t], c_kernel)
+            if skipped is not None:
+                dh += skipped
+        rows = length * batch
+        flat, flat_before = of_gates.view(rows, 3 * n), before.reshape(rows, n).t()
+        of_candidates = of_inner.view(rows, n) if after else flat[:, 2 * n :]
+        left = flat_before if after else inner.view(rows, n).t()
+        of_recurrent = torch.cat([flat_before @ flat[:, : 2 * n], left @ of_candidates], dim=1)
+        of_x = of_kernel = None
+        if kernel is None:
+            of_x = of_gates.transpose(0, 1)
+        else:
+            of_kernel = x.transpose(0, 1).reshape(rows, -1).t() @ flat
+            if ctx.needs_input_grad[3]:
+                of_x = (flat @ kernel.t()).view(length, batch, -1).transpose(0, 1)
+        of_bias = flat.sum(0) if ctx.has_bias[0] else None
+        of_recurrent_bias = None
+        if ctx.has_bias[1]:
+            of_recurrent_bias = torch.cat([flat[:, : 2 * n].sum(0), of_candidates.sum(0)])
+        return None, None, None, of_x, dh, of_kernel, of_recurrent, of_bias, of_recurrent_bias, None
+
+
+def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False):
+    """torch's own LSTM, which is oneDNN's on a CPU and cuDNN's on a GPU, also under a mask; see `reference.lstm`.
+
+    Under a mask, every row's real positions move to the front and its outputs back. Behind them, one more input
+    opens the forget gate and shuts the input gate, so that c is the same at the end.
+    """
+    kernel, recurrent_kernel, bias = _tensor(kernel), _tensor(recurrent_kernel), _tensor(bias)
+    if reverse:
+        x = x.flip(1)
+        mask = None if mask is None else mask.flip(1)
+    if mask is None:
+        outputs, *last = _native_lstm(x, state, kernel, recurrent_kernel, bias)
+    else:
+        mask = mask.to(torch.bool)
+        order = torch.argsort(~mask, dim=1, stable=True)
+        real = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+        x = torch.where(real[..., None], torch.take_along_dim(x, order[..., None], 1), 0)
+        x = torch.cat([x, (~real)[..., None].to(x.dtype)], dim=-1)
+        gate = torch.tensor([-_SHUT, _SHUT, 0, 0], dtype=kernel.dtype, device=kernel.device)
+        kernel = torch.cat([kernel, gate.repeat_interleave(len(recurrent_kernel))[None]])
+        outputs, _, c = _native_lstm(x, state, kernel, recurrent_kernel, bias)
+        outputs = torch.cat([state[0].to(outputs.dtype)[:, None], outputs], dim=1)
+        outputs = torch.take_along_dim(outputs, mask.cumsum(1)[..., None], 1)
+        last = outputs[:, -1], c
+    return outputs.flip(1) if reverse else outputs, tuple(last)
+
+
+_SHUT = 1e4  # far beyond where a float32 sigmoid is 0 or 1
+
+
+def _native_lstm(x, state, kernel, recurrent_kernel, bias):
+    weights = [kernel.t(), recurrent_kernel.t()]
+    if bias is not None:
+        weights += [bias, torch.zeros_like(bias)]
+    h, c = (s.unsqueeze(0).contiguous() for s in state)
+    outputs, h, c = torch.lstm(x, (h, c), weights, bias is not None, 1, 0.0, torch.is_grad_enabled(), False, True)
+    return outputs, h[0], c[0]
+
+
+def additive_scores(query, keys, scale):
+    """Buffers for one chunk of queries; the backward pass computes tanh again. See `reference.additive_scores`.
+
+    tanh(x) = 2 sigmoid(2x) - 1, as torch's tanh takes three times as long on a CPU.
+    """
+    return _AdditiveScores.apply(query, keys, _tensor(scale))
+
+
+class _AdditiveScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, keys, scale):
+        ctx.save_for_backward(query, keys, scale)
+        dtype = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), scale.dtype)
+        query, keys, scale = _doubled(query, keys, scale)
+        less, factor = -scale.sum(), (2 * scale)[:, None]
+        parts = []
+        for _, hidden in _sigmoids(query, keys):
+            parts.append(torch.addmm(less, hidden.view(-1, hidden.shape[-1]), factor).view(hidden.shape[:-1]))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        needs_query, needs_keys, needs_scale = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # someone will differentiate the gradient
+            learnt = [x for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad) if needed]
+            scores = reference.additive_scores(*ctx.saved_tensors)
+            found = iter(torch.autograd.grad(scores, learnt, gradient, create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        dtypes = [x.dtype for x in ctx.saved_tensors]
+        query, keys, scale = _doubled(*ctx.saved_tensors)
+        gradient = gradient.to(scale.dtype)
+        of_query, of_keys = torch.empty_like(query), torch.zeros_like(keys)
+        of_scale = -gradient.sum().expand_as(scale) if needs_scale else None
+        for part, hidden in _sigmoids(query, keys):
+            weights = gradient[:, part]
+            if needs_scale:
+                sums = hidden.view(-1, hidden.shape[-1]).t() @ weights.reshape(-1, 1)
+                of_scale = of_scale + 2 * sums[:, 0]
+            if needs_query or needs_keys:
+                # gradient (1 - tanh^2) / 4, in the same memory
+                torch.ops.aten.sigmoid_backward.grad_input(weights[..., None], hidden, grad_input=hidden)
+                torch.sum(hidden, 2, out=of_query[:, part])
+                if needs_keys:
+                    of_keys += hidden[:, 0] if hidden.shape[1] == 1 else hidden.sum(1)
+        of_query = of_query.mul_(4 * scale) if needs_query else None
+        of_keys = of_keys.mul_(4 * scale) if needs_keys else None
+        return tuple(None if x is None else x.to(dtype) for x, dtype in zip((of_query, of_keys, of_scale), dtypes))
+
+
+def _doubled(query, keys, scale):
+    """2 query, 2 keys and scale, in float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), scale.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return 2 * query.to(dtype), 2 * keys.to(dtype), scale.to(dtype)
+
+
+def _sigmoids(query, keys):
+    """For each chunk of queries, its slice and sigmoid(query + keys), (batch, chunk, length, units), in one buffer."""
+    chunk = reference.queries_at_once(keys.shape, "cpu" if keys.device.type == "cpu" else "gpu")
+    if chunk >= query.shape[1] or keys.device.type == "meta":
+        yield slice(None), (query[:, :, None] + keys[:, None]).sigmoid_()
+        return
+    buffer = query.new_empty(chunk * keys.numel())
+    for first in range(0, query.shape[1], chunk):
+        some = query[:, first : first + chunk]
+        shape = (*some.shape[:2], *keys.shape[1:])
+        hidden = buffer[: some.shape[1] * keys.numel()].view(shape)
+        torch.add(some[:, :, None], keys[:, None], out=hidden)
+        yield slice(first, first + chunk), hidden.sigmoid_()

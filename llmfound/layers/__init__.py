@@ -2,5 +2,6 @@ from llmfound.layers.attention import AdditiveAttention, MultiHeadAttention, Mul
 from llmfound.layers.blocks import PostLNBlock, PreLNBlock, TransformerBlock
 from llmfound.layers.dropout import Dropout
 from llmfound.layers.embedding import PositionalEncoding
-from llmfound.layers.feedforward import FeedForward
+from llmfound.layers.feedforward import FeedForward, Maxout
 from llmfound.layers.heads import MaskedLMHead
+from llmfound.layers.recurrent import GRU, LSTM, AttentionCell, GatedRecurrence, SquareOrthogonal

@@ -18,6 +18,9 @@ class AdditiveAttention(Layer):
     Args:
         units: Width of the scoring network (n' in the paper).
         dropout: Fraction of attention weights dropped in training, 0 to 1 (none in the paper).
+        use_bias: Whether U m_j has a bias (not in the paper).
+        kernel_initializer: Of W and U (N(0, 0.001^2) in RNNsearch).
+        score_initializer: Of v (zeros in RNNsearch, which starts with equal weights).
 
     Call arguments:
         query: float (batch, queries, query_dim).
@@ -32,25 +35,38 @@ class AdditiveAttention(Layer):
         ValueError: if `units` is not positive, or query or memory is not of rank 3.
     """
 
-    def __init__(self, units, dropout=0.0, **kwargs):
+    def __init__(self, units, dropout=0.0, use_bias=False, kernel_initializer="glorot_uniform",
+                 score_initializer="glorot_uniform", **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         if units <= 0:
             raise ValueError(f"units must be positive; got {units}.")
         policy = dict(dtype=self.dtype_policy)
-        self.query = layers.Dense(units, use_bias=False, name="query", **policy)
-        self.key = layers.Dense(units, use_bias=False, name="key", **policy)
-        self.score = layers.Dense(1, use_bias=False, name="score", **policy)
+        dense = dict(kernel_initializer=kernel_initializer, **policy)
+        self.query = layers.Dense(units, use_bias=False, name="query", **dense)
+        self.key = layers.Dense(units, use_bias=use_bias, name="key", **dense)
+        self.score = layers.Dense(1, use_bias=False, kernel_initializer=score_initializer, name="score", **policy)
         self.dropout = Dropout(dropout, name="dropout", **policy)
         self.supports_masking = True
+
+    def build(self, query_shape, memory_shape=None, **_):
+        units = self.query.units
+        for layer, width in ((self.query, query_shape[-1]), (self.key, memory_shape[-1]), (self.score, units)):
+            if not layer.built:  # a saved layer has built them already
+                layer.build((None, None, width))
 
     def project(self, memory):
         """U m_j of every memory position: float (batch, length, units). It does not depend on the query."""
         return self.key(memory)
 
+    @property
+    def scale(self):
+        """v, float (units,), in the dtype of computation."""
+        return ops.cast(ops.convert_to_tensor(self.score.kernel), self.compute_dtype)[:, 0]
+
     def call(self, query, memory, mask=None, keys=None, training=None):
         _check_rank(query=query, memory=memory)
         keys = self.project(memory) if keys is None else keys
-        scores = self.score(ops.tanh(self.query(query)[:, :, None] + keys[:, None]))[..., 0]
+        scores = kernels.additive_scores(self.query(query), keys, self.scale)
         weights = masked_softmax(scores, None if mask is None else mask[:, None])
         context = ops.matmul(self.dropout(ops.cast(weights, memory.dtype), training=training), memory)
         return context, weights

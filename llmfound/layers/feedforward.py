@@ -1,6 +1,6 @@
-"""The position-wise network of a Transformer layer."""
+"""The position-wise network of a Transformer layer, and the maxout of RNNsearch's output."""
 
-from keras import layers
+from keras import layers, ops
 
 from llmfound.base import Layer, lean
 
@@ -43,3 +43,37 @@ class FeedForward(Layer):
     def step(self, x):
         """`call`, for decoding."""
         return lean(self.contract, lean(self.expand, x))
+
+
+class Maxout(Layer):
+    """The greatest of every `pieces` neighbours along the last axis.
+
+    y[j] = max(x[2j - 1], x[2j]) for two pieces, counted from 1. Source: Goodfellow et al. 2013, section 2, in the form
+    of Bahdanau, Cho, Bengio 2015, appendix A.2.2.
+
+    Args:
+        pieces: How many neighbours compete.
+
+    Call arguments:
+        x: float (..., dim), dim divisible by `pieces`.
+
+    Returns:
+        float (..., dim / pieces).
+
+    Raises:
+        ValueError: if `pieces` is not positive, or does not divide the width.
+    """
+
+    def __init__(self, pieces=2, **kwargs):
+        super().__init__(**kwargs)
+        if pieces <= 0:
+            raise ValueError(f"pieces must be positive; got {pieces}.")
+        self.pieces = pieces
+        self.supports_masking = True
+        self.built = True
+
+    def call(self, x):
+        if x.shape[-1] % self.pieces:
+            raise ValueError(f"The width must be divisible by pieces ({self.pieces}); got {x.shape[-1]}.")
+        pairs = ops.reshape(x, (*ops.shape(x)[:-1], x.shape[-1] // self.pieces, self.pieces))
+        return ops.max(pairs, axis=-1)

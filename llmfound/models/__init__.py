@@ -1,1 +1,2 @@
+from llmfound.models.rnnsearch import DL4MT, RNNencdec, RNNsearch
 from llmfound.models.transformer import Transformer
