@@ -10,13 +10,14 @@ from keras import ops
 
 TEXT = """Milliseconds of the fastest call, forward and backward, compiled by XLA on JAX and as a graph on TensorFlow:
 `dropout` of {batch} x {dim} numbers; `token_cross_entropy` of {batch} x {vocabulary} logits, label smoothing 0.1;
-`adam_update` of the weights
-of {layers} layers of width {dim} and {vocabulary} embeddings; `write` of one token into a cache of {length} for
-{sentences} sentences, `top_k` the 8 largest of {batch} x {vocabulary} logits, `unfold` {length} steps of a recurrence,
-`additive_scores` of {length} queries and {length} keys of width {dim} for {sentences} sentences,
-`compiled` a Transformer of one layer, `dense` from width {head_dim} to itself, `layer_norm`, `split_heads`,
-`join_heads` and `dot_product_attention` (over {length} keys) for one position of {sentences} sentences and {heads}
-heads of {head_dim}, all forward alone; `fast_matmul` for ({batch}, {dim}) x ({dim}, {inner})."""
+`adam_update` of the weights of {layers} layers of width {dim} and {vocabulary} embeddings; `recurrence`, a tanh unit of
+width {dim} over {length} positions of {sentences} sentences, `gru` with r before its product and `lstm` likewise;
+`additive_scores` of {length} queries and {length} keys of width {dim} for {sentences} sentences; `write` of one token
+into a cache of {length} for {sentences} sentences, `top_k` the 8 largest of {batch} x {vocabulary} logits, `unfold`
+{length} steps of a recurrence, `compiled` a Transformer of one layer, `dense` from width {head_dim} to itself,
+`layer_norm`, `split_heads`, `join_heads` and `dot_product_attention` (over {length} keys) for one position of
+{sentences} sentences and {heads} heads of {head_dim}, all forward alone; `fast_matmul` for ({batch}, {dim}) x ({dim},
+{inner}). The reference of the recurrences is unrolled where it is compiled."""
 FULL = dict(
     batch=1024, dim=512, inner=2048, vocabulary=8000, sentences=32, length=64, heads=8, head_dim=64, layers=12
 )  # fmt: skip
@@ -128,6 +129,37 @@ def additive_scores(kernel, sizes):
     return forward_and_backward(kernel, queries, normal(*queries.shape), normal(sizes["dim"]))
 
 
+def recurrence(kernel, sizes):
+    def step(h, x, product, _):
+        h = ops.tanh(x + product("h", h))
+        return h, h
+
+    def run(x, state, weights):
+        return kernel(step, state, x, {"h": weights})[1]
+
+    return forward_and_backward(run, normal(sizes["length"], sizes["sentences"], sizes["dim"]), *recurrent(sizes, 1))
+
+
+def recurrent(sizes, gates):
+    """A state and a recurrent kernel for so many gates."""
+    return normal(sizes["sentences"], sizes["dim"]), normal(sizes["dim"], gates * sizes["dim"]) / sizes["dim"] ** 0.5
+
+
+def sentences(sizes):
+    return normal(sizes["sentences"], sizes["length"], sizes["dim"])
+
+
+def gru(kernel, sizes):
+    state, weights = recurrent(sizes, 3)
+    return forward_and_backward(lambda x, h, w, u: kernel(x, h, w, u)[0], sentences(sizes), state, weights, 1 * weights)
+
+
+def lstm(kernel, sizes):
+    state, weights = recurrent(sizes, 4)
+    run = lambda x, h, w, u: kernel(x, (h, h), w, u)[0]  # noqa: E731
+    return forward_and_backward(run, sentences(sizes), state, weights, 1 * weights)
+
+
 def heads(sizes, length):
     return normal(sizes["sentences"], sizes["heads"], length, sizes["head_dim"])
 
@@ -208,7 +240,7 @@ def fast_matmul(kernel, sizes):
 
 CASES = [
     dense, layer_norm, split_heads, join_heads, dot_product_attention, dropout, token_cross_entropy, adam_update, write,
-    top_k, unfold, compiled, fast_matmul, additive_scores,
+    top_k, unfold, compiled, fast_matmul, additive_scores, recurrence, gru, lstm,
 ]  # fmt: skip
 
 

@@ -846,7 +846,7 @@ def test_lstm(mask, reverse, bias):
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_recurrent_kernels_read_no_number_behind_a_mask(name):
-    """Not a number in padding does not get out, and no gradient comes of it."""
+    """Not a number in padding does not get out."""
     body, gates = getattr(kernels, name), 3 if name == "gru" else 4
     x = random(2, 3, 2)
     x[0, 2] = np.nan
