@@ -686,6 +686,20 @@ def test_additive_scores_of_symbols(body, shapes, at_once):
         assert np.isfinite(model.train_on_batch([query, keys], np.zeros((2, 3, 4))))
 
 
+@pytest.mark.parametrize("body", bodies("additive_scores"))
+@pytest.mark.parametrize("queries", [0, 3])
+def test_additive_scores_of_transposed_tensors(body, queries, at_once):
+    query, keys, scale = random(queries, 2, 5), random(5, 4, 2, seed=1), random(5, seed=2)
+
+    def call(query, keys, scale):
+        return body(ops.swapaxes(query, 0, 1), ops.transpose(keys, (2, 1, 0)), scale)
+
+    expected = additive(query.swapaxes(0, 1), keys.T, scale)
+    np.testing.assert_allclose(
+        numpy(call(*map(ops.convert_to_tensor, (query, keys, scale)))), expected, atol=2e-6, rtol=0
+    )
+
+
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="the backend is not PyTorch")
 def test_additive_scores_in_torch(at_once):
     import torch

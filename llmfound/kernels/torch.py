@@ -1,5 +1,8 @@
 """Overrides for PyTorch."""
 
+import functools
+import math
+
 import keras
 import torch
 
@@ -367,7 +370,11 @@ def additive_scores(query, keys, scale):
 
     tanh(x) = 2 sigmoid(2x) - 1, as torch's tanh takes three times as long on a CPU.
     """
-    return _AdditiveScores.apply(query, keys, _tensor(scale))
+    scale, dtypes = _tensor(scale), {query.dtype, keys.dtype}
+    if 128 * query.shape[1] * keys.numel() <= reference.CHUNK_BYTES["cpu"] and dtypes == {scale.dtype}:
+        # 256 KB: the calls that save it take longer
+        return torch.matmul(torch.tanh(query.unsqueeze(2) + keys.unsqueeze(1)), scale)
+    return _AdditiveScores.apply(query, keys, scale)
 
 
 class _AdditiveScores(torch.autograd.Function):
@@ -375,7 +382,7 @@ class _AdditiveScores(torch.autograd.Function):
     def forward(ctx, query, keys, scale):
         ctx.save_for_backward(query, keys, scale)
         dtype = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), scale.dtype)
-        query, keys, scale = _doubled(query, keys, scale)
+        query, keys, scale = _wide(query, keys, scale)
         less, factor = -scale.sum(), (2 * scale)[:, None]
         parts = []
         for _, hidden in _sigmoids(query, keys):
@@ -391,7 +398,7 @@ class _AdditiveScores(torch.autograd.Function):
             found = iter(torch.autograd.grad(scores, learnt, gradient, create_graph=True))
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         dtypes = [x.dtype for x in ctx.saved_tensors]
-        query, keys, scale = _doubled(*ctx.saved_tensors)
+        query, keys, scale = _wide(*ctx.saved_tensors)
         gradient = gradient.to(scale.dtype)
         of_query, of_keys = torch.empty_like(query), torch.zeros_like(keys)
         of_scale = -gradient.sum().expand_as(scale) if needs_scale else None
@@ -411,23 +418,26 @@ class _AdditiveScores(torch.autograd.Function):
         return tuple(None if x is None else x.to(dtype) for x, dtype in zip((of_query, of_keys, of_scale), dtypes))
 
 
-def _doubled(query, keys, scale):
-    """2 query, 2 keys and scale, in float32 at least."""
-    dtype = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), scale.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    return 2 * query.to(dtype), 2 * keys.to(dtype), scale.to(dtype)
+def _wide(*tensors):
+    """All in one dtype, float32 at least."""
+    dtypes = {x.dtype for x in tensors}
+    if dtypes == {torch.float32}:  # the usual case, without the time the others take
+        return tensors
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    return [x.to(dtype) for x in tensors]
 
 
 def _sigmoids(query, keys):
-    """For each chunk of queries, its slice and sigmoid(query + keys), (batch, chunk, length, units), in one buffer."""
-    chunk = reference.queries_at_once(keys.shape, "cpu" if keys.device.type == "cpu" else "gpu")
-    if chunk >= query.shape[1] or keys.device.type == "meta":
-        yield slice(None), (query[:, :, None] + keys[:, None]).sigmoid_()
-        return
-    buffer = query.new_empty(chunk * keys.numel())
-    for first in range(0, query.shape[1], chunk):
+    """For each chunk of queries, its slice and sigmoid(2 (query + keys)), float (batch, chunk, length, units)."""
+    batch, queries, units = query.shape
+    chunk = queries
+    if queries > 1 and keys.device.type != "meta":
+        chunk = min(chunk, reference.queries_at_once(keys.shape, "cpu" if keys.device.type == "cpu" else "gpu"))
+    query, keys = (2 * query).unsqueeze(2), keys.unsqueeze(1)
+    buffer = query.new_empty(batch * chunk * keys.shape[2] * units)
+    for first in range(0, max(queries, 1), max(chunk, 1)):
         some = query[:, first : first + chunk]
-        shape = (*some.shape[:2], *keys.shape[1:])
-        hidden = buffer[: some.shape[1] * keys.numel()].view(shape)
-        torch.add(some[:, :, None], keys[:, None], out=hidden)
+        shape = batch, some.shape[1], keys.shape[2], units
+        hidden = buffer[: math.prod(shape)].view(shape)
+        torch.add(some, keys, alpha=2, out=hidden)
         yield slice(first, first + chunk), hidden.sigmoid_()

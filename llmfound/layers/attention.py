@@ -13,7 +13,8 @@ class AdditiveAttention(Layer):
 
     e_ij = v . tanh(W q_i + U m_j),  a_i = softmax(e_i),  c_i = sum_j a_ij m_j
     Source: Bahdanau, Cho, Bengio 2015, section 3.1 and appendix A.1.2. keras.layers.AdditiveAttention has no
-    projections W and U, so it is not the paper's.
+    projections W and U, so it is not the paper's. The scores never hold (batch, queries, length, units): see
+    `kernels.additive_scores`.
 
     Args:
         units: Width of the scoring network (n' in the paper).
