@@ -25,7 +25,7 @@ help:
 	@echo "make test       the whole suite, once per backend; BACKENDS=\"jax torch\" for some of them"
 	@echo "make test-slow  the tests that take longer, once per backend"
 	@echo "make lint       ruff, as CI runs it; make format mends what it can"
-	@echo "make bench      all benchmarks against their peers, written into benchmarks/README.md; takes about an hour"
+	@echo "make bench      all benchmarks against their peers, written into benchmarks/README.md; takes two to three hours"
 	@echo "make setup      only the environment, $(VENV), with every backend"
 	@echo "make clean      removes the environments and what runs left behind"
 
@@ -55,7 +55,7 @@ format: $(STAMPS)/dev
 	$(VENV)/bin/ruff format .
 
 bench: setup $(PEERS)/stamp
-	for script in transformer_step greedy_decode kernels; do \
+	for script in transformer_step greedy_decode recurrent_step additive_attention kernels; do \
 	  $(VENV)/bin/python benchmarks/$$script.py --peer-python $(PEERS)/bin/python || exit 1; done
 
 clean:

@@ -206,6 +206,9 @@ def parse(description, rounds, calls):
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each system")
     parser.add_argument("--calls", type=int, default=calls, help="timed calls in a turn")
     parser.add_argument("--only", action="append", metavar="TEXT", help="only systems whose name contains this; prints")
+    parser.add_argument(
+        "--table", action="append", metavar="TEXT", help="only tables whose title contains this; prints"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one call each; prints, writes nothing")
     parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="the file to write the tables into")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -236,6 +239,7 @@ def main(script, description, systems, experiments, rounds=4, calls=5, table=ste
         options.rounds = options.calls = 1
     chosen = [s for s in systems if options.peer_python or not s.peer]
     chosen = [s for s in chosen if not options.only or any(text in s.name for text in options.only)]
+    experiments = [e for e in experiments if not options.table or any(text in e.title for text in options.table)]
     load, sections = os.getloadavg()[0], []
     for experiment in experiments:
         sizes = experiment.smoke if options.smoke else experiment.sizes
@@ -244,5 +248,5 @@ def main(script, description, systems, experiments, rounds=4, calls=5, table=ste
     heading = f"## {description.splitlines()[0].rstrip('.')}"
     body = "\n\n".join([heading, circumstances(script, results, options, load), *sections])
     print(body)
-    if not options.smoke and not options.only:
+    if not (options.smoke or options.only or options.table):
         write_section(options.readme, Path(script).stem, body)

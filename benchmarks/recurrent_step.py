@@ -7,10 +7,10 @@ layers, and the same networks written by hand in torch, without masks and with?
 import numpy as np
 from harness import Experiment, System, main
 
-TEXT = """Mean square of the outputs against zero, plain gradient descent. {what} "masked": a padding mask of random
-lengths from half to all; torch.nn then packs the sequences. "oneDNN" is the same system after
-`torch.set_float32_matmul_precision("medium")`, which is what `llmfound.kernels.fast_matmul()` sets; "graph" and "XLA"
-are `compile(jit_compile=False)` and `True`. tokens/s counts positions, padding included."""
+TEXT = """{what}
+"masked": a padding mask of random lengths from half to all; torch.nn then packs the sequences. "oneDNN" is the same
+system after `torch.set_float32_matmul_precision("medium")`, which is what `llmfound.kernels.fast_matmul()` sets;
+"graph" and "XLA" are `compile(jit_compile=False)` and `True`. tokens/s counts positions, padding included."""
 LSTM = dict(kind="LSTM", batch=32, length=70, dims=[400, 1150, 1150, 400])
 GRU = dict(kind="GRU", batch=80, length=30, dims=[620, 500])
 SEARCH = dict(kind="RNNsearch", batch=80, length=30, vocabulary=10_000, embedding_dim=620, hidden_dim=1000,
@@ -232,10 +232,12 @@ SYSTEMS = [
     *systems("keras.layers", True),
 ]
 WHAT = {
-    "LSTM": "Three LSTM layers, 400-1150-1150-400, 70 steps, 32 rows: the sizes of AWD-LSTM.",
-    "GRU": "A bidirectional GRU, 620 to 500 each way, 30 steps, 80 rows, r after the product as torch has it.",
-    "RNNsearch": "RNNsearch at the paper's sizes, 620, 1000, 1000 and 500, a vocabulary of 10,000, 80 pairs of 30 and "
-    "30 words; ours has the paper's GRU, the peers torch's and Keras's, whose products are as many.",
+    "LSTM": """Three LSTM layers, 400-1150-1150-400, 70 steps, 32 rows: the sizes of AWD-LSTM. The loss is the mean
+square of the outputs.""",
+    "GRU": """A bidirectional GRU, 620 to 500 each way, 30 steps, 80 rows, r after the product as torch has it. The loss
+is the mean square of the outputs.""",
+    "RNNsearch": """RNNsearch at the paper's sizes, 620, 1000, 1000 and 500, a vocabulary of 10,000, 80 pairs of 30 and
+30 words. Ours has the paper's GRU, the peers torch's and Keras's, whose products are as many.""",
 }
 EXPERIMENTS = [
     Experiment(

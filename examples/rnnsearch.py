@@ -3,9 +3,11 @@
     python examples/rnnsearch.py                                 # RNNsearch on the pairs that ship with the repository
     python examples/rnnsearch.py --model RNNencdec --against runs/RNNsearch
     KERAS_BACKEND=torch python examples/rnnsearch.py --train train.en train.de --test test.en test.de --words
+    python examples/rnnsearch.py --load --sentence "He is trying to catch the ball."
 
 The model, its tokenizers, what it scores by source length, and a picture of its alignment are left in runs/MODEL, or
---folder. With --against, figure 2 of the paper is drawn, BLEU over source length, from those runs and this one.
+--folder; --load takes them from there instead of training. With --against, figure 2 of the paper is drawn, BLEU over
+source length, from those runs and this one.
 """
 
 import argparse
@@ -61,11 +63,11 @@ def score(model, source, target, pairs, options):
     """Translates the test pairs, and returns what is worth keeping."""
     sources, references = zip(*pairs)
     how = dict(target_tokenizer=target, beam_size=options.beam)
-    if options.words and options.model == "RNNsearch":
+    if options.words and model.attention:
         how["replace_unknown"] = True
     translations = llmfound.decoding.translate(model, source, sources, **how)
     bleu = llmfound.training.bleu(translations, references, tokenize=options.tokenize)
-    print(f"\n{options.model}, beam {options.beam}: {bleu}\n")
+    print(f"\n{type(model).__name__}, beam {options.beam}: {bleu}\n")
     for i in range(0, len(pairs), max(len(pairs) // 6, 1)):
         print(f"source       {sources[i]}\nreference    {references[i]}\ntranslation  {translations[i]}\n")
     bins = llmfound.training.bleu_by_length(
@@ -73,7 +75,7 @@ def score(model, source, target, pairs, options):
     )
     for bin in bins:
         print(f"{bin['low']:3}-{bin['high']:<3} words, {bin['count']:4} sentences: {bin['bleu']:.1f}")
-    return {"model": options.model, "bleu": float(bleu.score), "by_length": bins}
+    return {"model": type(model).__name__, "bleu": float(bleu.score), "by_length": bins}
 
 
 def draw(model, source, target, sentence, path):
@@ -85,18 +87,32 @@ def draw(model, source, target, sentence, path):
     llmfound.plots.alignment(weights, source.tokens(source_ids[0]), target.tokens(target_ids), path=path)
 
 
+def save(model, source, target, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder / "model.keras")
+    source.save(folder / "source.json")
+    target.save(folder / "target.json")
+
+
+def load(folder):
+    source, target = (llmfound.data.Tokenizer.load(folder / f"{side}.json") for side in ("source", "target"))
+    return keras.models.load_model(folder / "model.keras"), source, target
+
+
 def main(options):
-    pairs, test = read("train", options.train), read("test", options.test)
-    source, target = make_tokenizers(pairs, options)
-    model = train(pairs, source, target, options)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    model.save(options.folder / "model.keras")
-    source.save(options.folder / "source.json")
-    target.save(options.folder / "target.json")
+    test = read("test", options.test)
+    if options.load:
+        model, source, target = load(options.folder)
+    else:
+        pairs = read("train", options.train)
+        source, target = make_tokenizers(pairs, options)
+        model = train(pairs, source, target, options)
+        save(model, source, target, options.folder)
     result = score(model, source, target, test, options)
     (options.folder / "result.json").write_text(json.dumps(result, indent=1))
-    saved = ["model.keras", "source.json", "target.json", "result.json"]
-    if options.model != "RNNencdec":
+    saved = [] if options.load else ["model.keras", "source.json", "target.json"]
+    saved.append("result.json")
+    if model.attention:
         sentence = options.sentence or test[int(np.argmax([len(s.split()) == 14 for s, _ in test]))][0]
         draw(model, source, target, sentence, options.folder / "alignment.png")
         saved.append("alignment.png")
@@ -111,6 +127,7 @@ def main(options):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("RNNsearch", "RNNencdec", "DL4MT"), default="RNNsearch")
+    parser.add_argument("--load", action="store_true", help="take the model from its folder; train nothing")
     parser.add_argument("--minutes", type=float, default=15.0, help="training time (default 15)")
     parser.add_argument("--train", nargs=2, metavar=("SOURCE", "TARGET"), help="files whose lines belong together")
     parser.add_argument("--test", nargs=2, metavar=("SOURCE", "TARGET"))
@@ -128,7 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, default=None, help="where to save (default runs/MODEL)")
     options = parser.parse_args()
-    if bool(options.train) != bool(options.test):
+    if not options.load and bool(options.train) != bool(options.test):
         parser.error("--train and --test go together")
     options.folder = options.folder or pathlib.Path("runs") / options.model
     main(options)

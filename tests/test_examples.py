@@ -33,3 +33,22 @@ def test_the_demo_leaves_a_model_that_translates_on_every_backend(tmp_path):
     translations = {backend: run(backend, "translate.py", str(tmp_path), *sentences) for backend in installed}
     assert translations[here].count("\n") == len(sentences)
     assert set(translations.values()) == {translations[here]}
+
+
+@pytest.mark.slow
+def test_rnnsearch_and_its_baseline_draw_the_papers_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    here = keras.backend.backend()
+    options = "--minutes", "0.3", "--hidden-dim", "32", "--batch-tokens", "400", "--beam", "2", "--words"
+    shown = run(here, "rnnsearch.py", "--model", "RNNencdec", "--folder", str(tmp_path / "a"), *options)
+    assert shown.count("BLEU") == 1 and shown.count("\nreference  ") >= 6
+    assert "alignment.png" not in {path.name for path in (tmp_path / "a").iterdir()}
+    against = "--against", str(tmp_path / "a")
+    run(here, "rnnsearch.py", "--folder", str(tmp_path / "b"), *options, *against)
+    found = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    assert set(found) == {"model.keras", "source.json", "target.json", "result.json", "alignment.png",
+                          "bleu_by_length.png"}  # fmt: skip
+    again = run(here, "rnnsearch.py", "--folder", str(tmp_path / "b"), "--load", *options, "--sentence", "He is here.")
+    assert (tmp_path / "b" / "result.json").read_bytes() == found["result.json"]
+    assert (tmp_path / "b" / "alignment.png").read_bytes() != found["alignment.png"]
+    assert "saved result.json, alignment.png" in again
