@@ -869,3 +869,16 @@ def test_recurrent_kernels_read_no_number_behind_a_mask(name):
     weights = [ops.convert_to_tensor(random(2, 2 * gates, seed=i)) for i in range(2)]
     outputs, _ = body(ops.convert_to_tensor(x), state, *weights, **{"mask": mask})
     assert np.isfinite(numpy(outputs)).all()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="other backends leave cuDNN to Keras")
+@pytest.mark.parametrize("mask", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_gru_that_runs_on_a_gpu(mask, reverse):
+    """torch.gru, which is cuDNN's there, takes our weights on a CPU as well."""
+    x, h, kernel, recurrent = random(3, 4, 2), random(3, 2, seed=1), random(2, 6, seed=2), random(2, 6, seed=3)
+    arrays = [x, h, kernel, recurrent, random(6, seed=4), random(6, seed=5)]
+    tensors = [ops.convert_to_tensor(array) for array in arrays]
+    mask = None if mask is None else ops.convert_to_tensor(mask)
+    found = kernels.native._native_gru(*tensors, mask, reverse)
+    assert_close(found, reference.gru(*tensors, mask, reverse, reset_after=True), 1e-6)

@@ -228,11 +228,35 @@ def _by_position(step, state, inputs, product, shared, reverse):
 
 def gru(x, state, kernel, recurrent_kernel, bias=None, recurrent_bias=None, mask=None, reverse=False,
         reset_after=False, update="old"):  # fmt: skip
-    """A loop with its backward pass written out: a third of the calls of torch's autograd. See `reference.gru`."""
+    """A loop with its backward pass written out: a third of the calls of torch's autograd. See `reference.gru`.
+
+    On a GPU cuDNN's, if it has the form that is asked for.
+    """
     kernel, recurrent_kernel = _tensor(kernel), _tensor(recurrent_kernel)
+    bias, recurrent_bias = _tensor(bias), _tensor(recurrent_bias)
+    if x.is_cuda and reset_after and update == "old" and kernel is not None:
+        return _native_gru(x, state, kernel, recurrent_kernel, bias, recurrent_bias, mask, reverse)
     mask = None if mask is None else mask.to(torch.bool).t().unsqueeze(-1)
-    arguments = x, state, kernel, recurrent_kernel, _tensor(bias), _tensor(recurrent_bias), mask
+    arguments = x, state, kernel, recurrent_kernel, bias, recurrent_bias, mask
     return _GRU.apply(reverse, reset_after, update == "new", *arguments)
+
+
+def _native_gru(x, state, kernel, recurrent_kernel, bias, recurrent_bias, mask, reverse):
+    """torch.gru, whose gates stand in the order r, z, candidate; masked as in `lstm`."""
+    n = len(recurrent_kernel)
+
+    def ours(w):
+        z, r, candidate = w.split(n, dim=-1)
+        return torch.cat([r, z, candidate], dim=-1)
+
+    nothing = kernel.new_zeros(3 * n)
+    weights = [ours(kernel).t(), ours(recurrent_kernel).t()]
+    weights += [ours(nothing if b is None else b) for b in (bias, recurrent_bias)]
+    x, mask, _ = _to_the_front(x, mask, reverse)
+    first = state.unsqueeze(0).contiguous()
+    outputs, _ = torch.gru(x, first, weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
+    outputs = _and_back(outputs, state, mask)
+    return outputs.flip(1) if reverse else outputs, outputs[:, -1]
 
 
 class _GRU(torch.autograd.Function):
@@ -333,36 +357,41 @@ def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False
     opens the forget gate and shuts the input gate, so that c is the same at the end.
     """
     kernel, recurrent_kernel, bias = _tensor(kernel), _tensor(recurrent_kernel), _tensor(bias)
-    if reverse:
-        x = x.flip(1)
-        mask = None if mask is None else mask.flip(1)
-    if mask is None:
-        outputs, *last = _native_lstm(x, state, kernel, recurrent_kernel, bias)
-    else:
-        mask = mask.to(torch.bool)
-        order = torch.argsort(~mask, dim=1, stable=True)
-        real = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
-        x = torch.where(real[..., None], torch.take_along_dim(x, order[..., None], 1), 0)
+    x, mask, real = _to_the_front(x, mask, reverse)
+    if mask is not None:
         x = torch.cat([x, (~real)[..., None].to(x.dtype)], dim=-1)
         gate = torch.tensor([-_SHUT, _SHUT, 0, 0], dtype=kernel.dtype, device=kernel.device)
         kernel = torch.cat([kernel, gate.repeat_interleave(len(recurrent_kernel))[None]])
-        outputs, _, c = _native_lstm(x, state, kernel, recurrent_kernel, bias)
-        outputs = torch.cat([state[0].to(outputs.dtype)[:, None], outputs], dim=1)
-        outputs = torch.take_along_dim(outputs, mask.cumsum(1)[..., None], 1)
-        last = outputs[:, -1], c
-    return outputs.flip(1) if reverse else outputs, tuple(last)
-
-
-_SHUT = 1e4  # far beyond where a float32 sigmoid is 0 or 1
-
-
-def _native_lstm(x, state, kernel, recurrent_kernel, bias):
     weights = [kernel.t(), recurrent_kernel.t()]
     if bias is not None:
         weights += [bias, torch.zeros_like(bias)]
-    h, c = (s.unsqueeze(0).contiguous() for s in state)
-    outputs, h, c = torch.lstm(x, (h, c), weights, bias is not None, 1, 0.0, torch.is_grad_enabled(), False, True)
-    return outputs, h[0], c[0]
+    states = [s.unsqueeze(0).contiguous() for s in state]
+    outputs, _, c = torch.lstm(x, states, weights, bias is not None, 1, 0.0, torch.is_grad_enabled(), False, True)
+    outputs = _and_back(outputs, state[0], mask)
+    return outputs.flip(1) if reverse else outputs, (outputs[:, -1], c[0])
+
+
+def _to_the_front(x, mask, reverse):
+    """x as it is read, every row's real positions in front; the mask as it is read; and where x is real now."""
+    if reverse:
+        x, mask = x.flip(1), None if mask is None else mask.flip(1)
+    if mask is None:
+        return x, None, None
+    mask = mask.to(torch.bool)
+    order = torch.argsort(~mask, dim=1, stable=True)
+    real = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+    return torch.where(real[..., None], torch.take_along_dim(x, order[..., None], 1), 0), mask, real
+
+
+def _and_back(outputs, state, mask):
+    """The outputs where the mask has them, and in between what they were before."""
+    if mask is None:
+        return outputs
+    outputs = torch.cat([state.to(outputs.dtype)[:, None], outputs], dim=1)
+    return torch.take_along_dim(outputs, mask.cumsum(1)[..., None], 1)
+
+
+_SHUT = 1e4  # far beyond where a float32 sigmoid is 0 or 1
 
 
 def additive_scores(query, keys, scale):

@@ -1,5 +1,7 @@
 """Recurrence at native speed: Keras's LSTM and GRU, the GRU of RNNsearch, and a cell that looks at a memory."""
 
+import functools
+
 import keras
 from keras import activations, initializers, layers, ops
 
@@ -130,7 +132,7 @@ class _Native:
         reason = self._why_not()
         if reason and self.weight_dropout.rate:
             raise ValueError(f"weight_dropout is the native loop's, which cannot run here: {reason}.")
-        if reason:
+        if reason or (mask is None and not self.weight_dropout.rate and self.use_cudnn and _keras_has_a_gpu()):
             return super().inner_loop(sequences, initial_state, mask, training)
         if training and self.dropout:
             sequences = sequences * self.cell.get_dropout_mask(sequences[:, 0, :])[:, None]
@@ -155,12 +157,21 @@ class _Native:
         return None
 
 
+@functools.cache
+def _keras_has_a_gpu():
+    """Whether Keras can take cuDNN's loops where there is no mask; on PyTorch our kernels take them, with masks too."""
+    if keras.backend.backend() == "torch":
+        return False
+    return any(not device.startswith("cpu") for device in keras.distribution.list_devices())
+
+
 class LSTM(Configured, _Native, layers.LSTM):
     """keras.layers.LSTM, faster, with a mask as fast as without, and with dropout of the recurrent weights.
 
     Weights, arguments and results are those of keras.layers.LSTM, whose loop also runs where only it can: under
-    recurrent_dropout, unroll, or other activations. On PyTorch torch's own LSTM runs, oneDNN's or cuDNN's. Before the
-    first real position the output is the initial state, on every backend; Keras has zeros there on two of them.
+    recurrent_dropout, unroll, or other activations, and with cuDNN on the GPU of another backend than PyTorch. There,
+    torch's own LSTM runs, oneDNN's or cuDNN's. Before the first real position the output is the initial state, on every
+    backend; Keras has zeros there on two of them.
     Source: Hochreiter and Schmidhuber 1997; weight dropout, Merity, Keskar, Socher 2018, section 2.
 
     Args:
