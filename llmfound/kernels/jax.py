@@ -126,6 +126,7 @@ def _recurrence_backward(step, reverse, kept, gradients):
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
+@functools.partial(jax.jit, static_argnames=("reverse", "reset_after", "update"))  # else compiled at every eager call
 def gru(x, state, kernel, recurrent_kernel, bias=None, recurrent_bias=None, mask=None, reverse=False,
         reset_after=False, update="old"):  # fmt: skip
     return reference.gru_by(
@@ -133,6 +134,7 @@ def gru(x, state, kernel, recurrent_kernel, bias=None, recurrent_bias=None, mask
     )
 
 
+@functools.partial(jax.jit, static_argnames=("reverse",))
 def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False):
     return reference.lstm_by(recurrence, x, state, kernel, recurrent_kernel, bias, mask, reverse)
 
