@@ -152,10 +152,7 @@ class RNNsearch(Model):
         mask = padding_mask(source_ids, self.pad_id)
         memory, state = self.encode(source_ids, mask, training)
         self.build_loop(before, state, memory)
-        reads = before  # E of the words that s_1, s_2, ... read
-        if self.ordering == "groundhog":
-            reads = ops.concatenate([before[:, 1:], before[:, :1]], axis=1)  # nothing comes of the last
-        gates = ops.swapaxes(self.decoder.project(reads), 0, 1)
+        gates = ops.swapaxes(self.decoder.project(self.words_to_read(before)), 0, 1)
         keys = self.attention.project(memory)
         shared = {"keys": keys, "scale": self.attention.scale, "mask": mask, **self.loop_biases()}
 
@@ -170,6 +167,12 @@ class RNNsearch(Model):
         _, rows = kernels.recurrence(step, state, gates, {**self.loop_weights(), "memory": memory}, shared)
         queries, contexts, new = (ops.swapaxes(x, 0, 1) for x in rows)
         return new if self.ordering == "eq4" else queries, contexts, queries
+
+    def words_to_read(self, before):
+        """E of the words that s_1, s_2, ... read."""
+        if self.ordering != "groundhog":
+            return before
+        return ops.concatenate([before[:, 1:], before[:, :1]], axis=1)  # y_1, y_2, ...; nothing comes of the last
 
     def turn(self, s, gates, look, product, biases):
         """One turn of the loop: the s that asks, c_i, and s_i."""
@@ -275,10 +278,7 @@ class RNNencdec(RNNsearch):
     def unroll(self, source_ids, before, training=None):
         c, state = self.encode(source_ids, padding_mask(source_ids, self.pad_id), training)
         self.build_loop(before, state, c)
-        reads = before
-        if self.ordering == "groundhog":
-            reads = ops.concatenate([before[:, 1:], before[:, :1]], axis=1)
-        gates = self.decoder.project(reads) + self.decoder_context(c)[:, None]
+        gates = self.decoder.project(self.words_to_read(before)) + self.decoder_context(c)[:, None]
         new, _ = self.decoder.run(gates, state)
         old = ops.concatenate([state[:, None], new[:, :-1]], axis=1)
         contexts = ops.broadcast_to(c[:, None], (*ops.shape(old)[:2], c.shape[-1]))
