@@ -10,8 +10,9 @@ from keras import ops
 
 TEXT = """Milliseconds of the fastest call, forward and backward, compiled by XLA on JAX and as a graph on TensorFlow:
 `dropout` of {batch} x {dim} numbers; `token_cross_entropy` of {batch} x {vocabulary} logits, label smoothing 0.1;
-`adam_update` of the weights of {layers} layers of width {dim} and {vocabulary} embeddings; `recurrence`, a tanh unit of
-width {dim} over {length} positions of {sentences} sentences, `gru` with r before its product and `lstm` likewise;
+`adam_update` of the weights of {layers} layers of width {dim} and {vocabulary} embeddings; `embed`, {batch} rows of
+those; `recurrence`, a tanh unit of width {dim} over {length} positions of {sentences} sentences, `gru` with r before
+its product and `lstm` likewise;
 `additive_scores` of {length} queries and {length} keys of width {dim} for {sentences} sentences; `write` of one token
 into a cache of {length} for {sentences} sentences, `top_k` the 8 largest of {batch} x {vocabulary} logits, `unfold`
 {length} steps of a recurrence, `compiled` a Transformer of one layer, `dense` from width {head_dim} to itself,
@@ -129,6 +130,11 @@ def additive_scores(kernel, sizes):
     return forward_and_backward(kernel, queries, normal(*queries.shape), normal(sizes["dim"]))
 
 
+def embed(kernel, sizes):
+    ids = ops.arange(sizes["batch"], dtype="int32") % (sizes["vocabulary"] // 2)
+    return forward_and_backward(lambda table: kernel(table, ids), normal(sizes["vocabulary"], sizes["dim"]))
+
+
 def recurrence(kernel, sizes):
     def step(h, x, product, _):
         h = ops.tanh(x + product("h", h))
@@ -240,7 +246,7 @@ def fast_matmul(kernel, sizes):
 
 CASES = [
     dense, layer_norm, split_heads, join_heads, dot_product_attention, dropout, token_cross_entropy, adam_update, write,
-    top_k, unfold, compiled, fast_matmul, additive_scores, recurrence, gru, lstm,
+    top_k, unfold, compiled, fast_matmul, embed, additive_scores, recurrence, gru, lstm,
 ]  # fmt: skip
 
 

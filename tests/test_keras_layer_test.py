@@ -60,6 +60,12 @@ CASES = {
         dict(shape=(2, 4, 8), dtype="float32", weights=0, seeds=1, masking=True),
         None,
     ),
+    "Embedding": (
+        dict(input_dim=11, output_dim=3, mask_zero=True),
+        dict(inputs=POSITIONS),
+        dict(shape=(2, 2, 3), dtype="float32", weights=1, seeds=0, masking=True),
+        None,
+    ),
     "PositionalEncoding": (
         dict(max_length=16, layout="concatenated"),
         dict(x=X),

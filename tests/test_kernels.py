@@ -746,6 +746,15 @@ def test_additive_scores_in_a_loop_of_tensorflow(jit, at_once):
     assert_close(run(kernels.additive_scores, True), run(reference.additive_scores, False), 1e-5)
 
 
+def test_embed_adds_up_the_gradient_of_a_repeated_id():
+    """The body in force: on TensorFlow, that of the plain one has each id's shares apart."""
+    ids, table = np.array([[1, 1, 2], [0, 1, 4]], "int32"), random(5, 3)
+    run = lambda table: kernels.embed(table, ops.convert_to_tensor(ids))  # noqa: E731
+    assert_close(run(ops.convert_to_tensor(table)), table[ids], 0)
+    assert_close(reference.embed(ops.convert_to_tensor(table), ops.convert_to_tensor(ids)), table[ids], 0)
+    assert_close(gradients(run, table), numeric_gradients(lambda table: table[ids], table), 1e-5)
+
+
 # Recurrence
 
 

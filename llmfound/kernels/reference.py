@@ -22,6 +22,7 @@ __all__ = [
     "compiled",
     "unfold",
     "top_k",
+    "embed",
     "additive_scores",
     "recurrence",
     "gru",
@@ -251,6 +252,11 @@ def top_k(x, k):
     """The k greatest values along the last axis and their places, int32; of equal values the first comes first."""
     values, indices = ops.top_k(ops.where(ops.equal(x, 0), 0.0, x), k)  # JAX puts -0.0 below 0.0
     return values, ops.cast(indices, "int32")
+
+
+def embed(table, ids):
+    """Rows of a table: float (..., dim) from a table (rows, dim) and int ids (...)."""
+    return ops.take(table, ids, axis=0)
 
 
 def additive_scores(query, keys, scale):

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from llmfound.kernels import reference
 
-__all__ = ["token_cross_entropy", "adam_update", "compiled", "additive_scores", "recurrence", "gru", "lstm"]
+__all__ = ["token_cross_entropy", "adam_update", "compiled", "embed", "additive_scores", "recurrence", "gru", "lstm"]
 
 _programs = weakref.WeakKeyDictionary()  # model: {(function, static): its graph}
 
@@ -54,6 +54,23 @@ def _program(model, function, static):
         return function(model(), *static, *arrays)
 
     return program
+
+
+def embed(table, ids):
+    """The gradient of the table as a dense tensor, with the shares of a repeated id added up.
+
+    TensorFlow's own leaves them apart, and Keras's optimizers (3.15.1) square and clip them one by one.
+    """
+    table, ids = tf.convert_to_tensor(table), tf.cast(ids, "int32")
+
+    @tf.custom_gradient
+    def run(table):
+        def gradient(upstream):
+            return tf.math.unsorted_segment_sum(upstream, ids, tf.shape(table)[0])
+
+        return tf.gather(table, ids), gradient
+
+    return run(table)
 
 
 def recurrence(step, state, inputs, weights, shared=(), reverse=False):

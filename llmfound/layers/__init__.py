@@ -1,7 +1,7 @@
 from llmfound.layers.attention import AdditiveAttention, MultiHeadAttention, MultiHeadSelfAttention
 from llmfound.layers.blocks import PostLNBlock, PreLNBlock, TransformerBlock
 from llmfound.layers.dropout import Dropout
-from llmfound.layers.embedding import PositionalEncoding
+from llmfound.layers.embedding import Embedding, PositionalEncoding
 from llmfound.layers.feedforward import FeedForward, Maxout
 from llmfound.layers.heads import MaskedLMHead
 from llmfound.layers.recurrent import GRU, LSTM, AttentionCell, GatedRecurrence, SquareOrthogonal

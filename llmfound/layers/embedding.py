@@ -1,9 +1,23 @@
-"""Positions."""
+"""Words and positions as vectors."""
 
-from keras import ops
+from keras import layers, ops
 
-from llmfound.base import Layer
+from llmfound import kernels
+from llmfound.base import Configured, Layer
 from llmfound.ops import sinusoids
+
+
+class Embedding(Configured, layers.Embedding):
+    """keras.layers.Embedding that trains on TensorFlow as it does on the other backends.
+
+    Arguments, weights and results are Keras's. There, on TensorFlow, the shares that a repeated id has in the gradient
+    are squared and clipped one by one by Keras's optimizers (3.15.1), so that Adam takes other steps.
+    """
+
+    def call(self, inputs):
+        if self.quantization_mode is not None:
+            return super().call(inputs)
+        return ops.cast(kernels.embed(self.embeddings, ops.cast(inputs, "int32")), self.compute_dtype)
 
 
 class PositionalEncoding(Layer):

@@ -134,6 +134,8 @@ class _Native:
             raise ValueError(f"weight_dropout is the native loop's, which cannot run here: {reason}.")
         if reason or (mask is None and not self.weight_dropout.rate and self.use_cudnn and _keras_has_a_gpu()):
             return super().inner_loop(sequences, initial_state, mask, training)
+        if self.stateful:  # `call` will write over the variables, while PyTorch may still need what they held
+            initial_state = [ops.copy(ops.stop_gradient(state)) for state in initial_state]
         if training and self.dropout:
             sequences = sequences * self.cell.get_dropout_mask(sequences[:, 0, :])[:, None]
         cast = lambda w: None if w is None else ops.cast(ops.convert_to_tensor(w), sequences.dtype)  # noqa: E731
@@ -170,8 +172,9 @@ class LSTM(Configured, _Native, layers.LSTM):
 
     Weights, arguments and results are those of keras.layers.LSTM, whose loop also runs where only it can: under
     recurrent_dropout, unroll, or other activations, and with cuDNN on the GPU of another backend than PyTorch. There,
-    torch's own LSTM runs, oneDNN's or cuDNN's. Before the first real position the output is the initial state, on every
-    backend; Keras has zeros there on two of them.
+    torch's own LSTM runs, oneDNN's or cuDNN's. Before the first real position the output is the initial state on every
+    backend; Keras has zeros there on two of them. With stateful=True it can be trained on PyTorch, too; on JAX, the
+    compiled steps of Keras 3.15.1 carry no state.
     Source: Hochreiter and Schmidhuber 1997; weight dropout, Merity, Keskar, Socher 2018, section 2.
 
     Args:

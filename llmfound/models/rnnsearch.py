@@ -8,7 +8,7 @@ from keras import layers, ops
 
 from llmfound import kernels
 from llmfound.base import Model, lean
-from llmfound.layers import AdditiveAttention, Dropout, GatedRecurrence, Maxout
+from llmfound.layers import AdditiveAttention, Dropout, Embedding, GatedRecurrence, Maxout
 from llmfound.ops import masked_softmax, padding_mask
 
 ORDERINGS = ("groundhog", "appendix", "eq4")
@@ -77,8 +77,8 @@ class RNNsearch(Model):
         self.pad_id = pad_id
         policy = dict(dtype=self.dtype_policy)
         embed = dict(output_dim=embedding_dim, embeddings_initializer=normal(0.01), **policy)
-        self.source_embedding = layers.Embedding(source_vocab_size, name="source_embedding", **embed)
-        self.target_embedding = layers.Embedding(target_vocab_size, name="target_embedding", **embed)
+        self.source_embedding = Embedding(source_vocab_size, name="source_embedding", **embed)
+        self.target_embedding = Embedding(target_vocab_size, name="target_embedding", **embed)
         self.make_encoder(hidden_dim, use_bias)
         self.make_decoder(hidden_dim, attention_dim, use_bias)
         self.make_readout(maxout_dim, embedding_dim, use_bias)

@@ -156,6 +156,24 @@ def test_in_both_directions_and_stacked_in_a_model_that_is_saved(name, tmp_path)
     assert history[-1] < history[0]
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="compiled steps of Keras carry no state on JAX")
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_a_state_is_carried_from_batch_to_batch_in_training(name):
+    x = keras.Input(batch_shape=(BATCH, LENGTH, DIM))
+    layer = getattr(layers, name)(UNITS, stateful=True, return_sequences=True)
+    model = keras.Model(x, layer(x))
+    whole = getattr(layers, name)(UNITS, return_sequences=True)
+    whole(X)
+    whole.set_weights(fill(layer).get_weights()[: len(whole.weights)])
+    layer.reset_state()
+    again = np.concatenate([X, X], axis=1)
+    expected = numpy(whole(again))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    target = np.zeros((BATCH, LENGTH, UNITS), "float32")
+    model.train_on_batch(X, target)
+    assert_close(model.predict_on_batch(X), expected[:, LENGTH:], 1e-5)
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_check_lstm_and_gru(name):
     check_layer(lambda: getattr(layers, name)(UNITS, return_sequences=True), {"sequences": X, "mask": PADDING},

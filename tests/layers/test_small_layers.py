@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from llmfound.layers import Dropout, FeedForward, MaskedLMHead, PositionalEncoding
+from llmfound.layers import Dropout, Embedding, FeedForward, MaskedLMHead, PositionalEncoding
 from llmfound.ops import sinusoids
 from llmfound.testing import assert_close, check_layer, fixture
 
@@ -47,6 +47,28 @@ def test_the_mask_of_an_embedding_is_passed_on(layer):
     token_ids = np.array([[1, 2, 0, 0], [4, 3, 2, 0]], "int32")
     x = keras.layers.Embedding(5, 8, mask_zero=True)(token_ids)
     np.testing.assert_array_equal(numpy(Asked()(layer(x))), token_ids != 0)
+
+
+# Embedding
+
+
+def test_an_embedding_trains_as_the_product_with_one_hot_vectors():
+    """Adam and a clipped norm: on TensorFlow, Keras's own gives other weights where an id is repeated."""
+    ids = np.array([[1, 1, 2, 3], [1, 2, 2, 5]], "int32")
+    table, target, found = fixture("table", (6, 3)), fixture("target", (2, 4, 3)), []
+    for first, x in ((Embedding(6, 3), ids), (keras.layers.Dense(3, use_bias=False), np.eye(6)[ids])):
+        model = keras.Sequential([keras.Input(x.shape[1:], dtype=x.dtype), first])
+        model.set_weights([table])
+        model.compile(keras.optimizers.Adam(0.01, global_clipnorm=0.1), "mse")
+        for _ in range(3):
+            model.train_on_batch(x, target)
+        found.append(model.get_weights())
+    assert_close(found[0], found[1], 1e-6)
+
+
+def test_check_embedding():
+    check_layer(lambda: Embedding(6, 3), {"inputs": np.array([[1, 1, 2, 3], [1, 2, 2, 5]], "int32")},
+                expected_shape=(2, 4, 3))  # fmt: skip
 
 
 # Positions
