@@ -146,7 +146,7 @@ CASES = {
         make=masked_lm_head,
         inputs=(X, np.array([[0, 2], [1, 1], [6, 0]], "int32"), np.linspace(-1, 1, 88, dtype="float32").reshape(11, 8)),
     ),
-    "Embedding": dict(make=embedding, inputs=IDS),
+    "Embedding": dict(make=embedding, inputs=(IDS,)),
     "Maxout": dict(make=maxout, inputs=(X,)),
     "GatedRecurrence": dict(make=gated_recurrence, inputs=MASKED, mask="mask"),
     "LSTM": dict(make=lstm, inputs={"sequences": X, "mask": MASK}, mask="mask"),
