@@ -86,6 +86,19 @@ def work(system, sizes, calls):
     return {"seconds": seconds, "start": start, "built": built, "peak": peak_memory(), "versions": versions}
 
 
+def torch_step(optimizer, loss):
+    """A training step of a torch peer: gradients of loss(), then the optimizer."""
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        value = loss()
+        value.backward()
+        optimizer.step()
+        return value.item()
+
+    return step
+
+
 def peak_memory():
     """The largest memory of this process until now, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

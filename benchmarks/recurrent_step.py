@@ -5,7 +5,7 @@ layers, and the same networks written by hand in torch, without masks and with?
 """
 
 import numpy as np
-from harness import Experiment, System, main
+from harness import Experiment, System, main, torch_step
 
 TEXT = """{what}
 "masked": a padding mask of random lengths from half to all; torch.nn then packs the sequences. "oneDNN" is the same
@@ -155,14 +155,7 @@ def torch_nn(one_dnn):
 
         optimizer = torch.optim.SGD(model.parameters(), RATE)
 
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            value = loss()
-            value.backward()
-            optimizer.step()
-            return value.item()
-
-        return step
+        return torch_step(optimizer, loss)
 
     return build
 

@@ -5,7 +5,7 @@ and KerasHub's layers, with the same sizes?
 """
 
 import numpy as np
-from harness import Experiment, System, main
+from harness import Experiment, System, main, torch_step
 
 TEXT = """Encoder and decoder of 6 layers each, width 512, 8 heads, feed-forward width 2048, a vocabulary of 8000 tied
 between embeddings and output, 32 sentences of 32 source and 32 target tokens without padding, Adam, dropout 0.1 also
@@ -48,21 +48,12 @@ def ours(fast_matmul=False, jit="auto"):
     return build
 
 
-def torch_step(parameters, loss, one_dnn):
+def adam_step(parameters, loss, one_dnn):
     import torch
 
     if one_dnn:
         torch.set_float32_matmul_precision("medium")
-    optimizer = torch.optim.Adam(parameters, RATE, fused=True)
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        value = loss()
-        value.backward()
-        optimizer.step()
-        return value.item()
-
-    return step
+    return torch_step(torch.optim.Adam(parameters, RATE, fused=True), loss)
 
 
 def marian(one_dnn=False):
@@ -93,7 +84,7 @@ def marian(one_dnn=False):
         model = transformers.MarianMTModel(config).train()
         source, target, labels = (torch.from_numpy(ids).long() for ids in data(sizes))
         loss = lambda: model(input_ids=source, decoder_input_ids=target, labels=labels).loss  # noqa: E731
-        return torch_step(model.parameters(), loss, one_dnn)
+        return adam_step(model.parameters(), loss, one_dnn)
 
     return build
 
@@ -125,7 +116,7 @@ def torch_nn(one_dnn=False):
             logits = nn.functional.linear(hidden, model["tokens"].weight)
             return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
-        return torch_step(model.parameters(), loss, one_dnn)
+        return adam_step(model.parameters(), loss, one_dnn)
 
     return build
 

@@ -202,7 +202,7 @@ def beam_search(model, inputs, beam_size=4, length_penalty=0.6, max_length=None,
         raise ValueError(f"beam_size must be at least 1, n_best from 1 to beam_size; got {beam_size} and {n_best}.")
     if not 0 <= length_penalty < np.inf:
         raise ValueError(f"length_penalty must be at least 0; got {length_penalty}.")
-    if return_alignments and not hasattr(model, "align"):
+    if return_alignments and getattr(model, "align", None) is None:
         raise ValueError(f"return_alignments needs {type(model).__name__} to have align(source_ids, target_ids).")
     penalties = length_penalties(np.arange(1, rules.max_length + 1), length_penalty)
     found = kernels.compiled(model, _beam_search, rules, beam_size, count)(inputs, penalties)
@@ -253,7 +253,7 @@ def translate(model, tokenizer, sentences, target_tokenizer=None, beam_size=4, l
         raise ValueError(f"The source needs pad_id and end_id, got {pad_id} and {end_id}; the target needs {ids}.")
     if replace_unknown:
         unk_id = getattr(target_tokenizer, "unk_id", None)
-        if unk_id is None or not hasattr(tokenizer, "pieces") or not hasattr(model, "align"):
+        if unk_id is None or not hasattr(tokenizer, "pieces") or getattr(model, "align", None) is None:
             raise ValueError(
                 f"replace_unknown needs unk_id of the target's tokenizer, pieces(text) of the source's, and "
                 f"align(source_ids, target_ids) of the model; got unk_id {unk_id}, a {type(tokenizer).__name__} and a "

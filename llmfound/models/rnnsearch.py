@@ -259,6 +259,8 @@ class RNNencdec(RNNsearch):
         attention_dim: there is no attention; so that one set of sizes fits both models.
     """
 
+    align = None  # there is no attention to tell it
+
     def make_encoder(self, hidden_dim, use_bias):
         self.forward_encoder = self.gated("forward", hidden_dim, use_bias=use_bias)
         self.backward_encoder = None
@@ -286,9 +288,6 @@ class RNNencdec(RNNsearch):
 
     def loop_weights(self):
         return {**self.decoder.parts(), "context": self.decoder.tensors(self.decoder_context.kernel)[0]}
-
-    def align(self, source_ids, target_ids, start_id=1):
-        raise NotImplementedError("RNNencdec has no attention, and so no alignment; RNNsearch has.")
 
     def start(self, inputs, max_length):
         c, s = self.encode(inputs["source_ids"], padding_mask(inputs["source_ids"], self.pad_id))

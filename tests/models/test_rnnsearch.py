@@ -244,9 +244,11 @@ def test_alignments_come_with_the_hypotheses():
     assert_close(best.alignments[0, 0, :length], numpy(model.align(SOURCE, best.token_ids[:, 0]))[0, :length], 1e-5)
 
 
-def test_the_baseline_has_no_alignment():
-    with pytest.raises(NotImplementedError, match=r"RNNencdec has no attention"):
-        tiny(RNNencdec).align(SOURCE, TARGET)
+def test_the_baseline_has_no_alignment_and_says_so_before_it_searches():
+    model = tiny(RNNencdec)
+    assert model.align is None
+    with pytest.raises(ValueError, match=r"return_alignments needs RNNencdec to have align\(source_ids, target_ids\)"):
+        decoding.beam_search(model, {"source_ids": SOURCE}, return_alignments=True)
 
 
 # The baseline and the variant by hand
