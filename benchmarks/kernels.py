@@ -18,7 +18,12 @@ into a cache of {length} for {sentences} sentences, `top_k` the 8 largest of {ba
 {length} steps of a recurrence, `compiled` a Transformer of one layer, `dense` from width {head_dim} to itself,
 `layer_norm`, `split_heads`, `join_heads` and `dot_product_attention` (over {length} keys) for one position of
 {sentences} sentences and {heads} heads of {head_dim}, all forward alone; `fast_matmul` for ({batch}, {dim}) x ({dim},
-{inner}). The reference of the recurrences is unrolled where it is compiled."""
+{inner}); `update_if` an `adam_update` that is not wanted, `differentiate` two products of ({batch}, {dim}) with their
+gradients, without that of the first weights. The reference of the recurrences is unrolled where it is compiled.
+
+Overrides that buy less than 1.15 are kept for another reason: `embed` on TensorFlow for gradients that Keras's
+optimizers read rightly, `additive_scores` there for its memory (see its own table), `compiled` on torch for inference
+mode, `fast_matmul` for the processors where it buys more; `recurrence` on torch bought 1.2 and more in other runs."""
 FULL = dict(
     batch=1024, dim=512, inner=2048, vocabulary=8000, sentences=32, length=64, heads=8, head_dim=64, layers=12
 )  # fmt: skip
@@ -118,6 +123,33 @@ def adam_update(kernel, sizes):
         return [scope.get_current_value(variable) for variable in variables]
 
     return lambda: jax.block_until_ready(run([variable.value for variable in variables], 10.0))
+
+
+def update_if(kernel, sizes):
+    """Adam's update, of which nothing is wanted."""
+    return adam_update(lambda *arguments: kernel(False, lambda: reference_adam(*arguments), arguments[:1]), sizes)
+
+
+def reference_adam(*arguments):
+    from llmfound.kernels import reference
+
+    reference.adam_update(*arguments)
+
+
+def differentiate(kernel, sizes):
+    """A product and its gradients, after a product whose weights are to have none."""
+    import torch
+
+    x, (first, second) = normal(sizes["batch"], sizes["dim"]), (keras.Variable(normal(sizes["dim"], sizes["dim"]))
+                                                                for _ in range(2))  # fmt: skip
+    kernel(first, False)
+
+    def run():
+        for weight in (first, second):
+            weight.value.grad = None
+        torch.matmul(torch.matmul(x, first.value), second.value).sum().backward()
+
+    return run
 
 
 def position(sizes):
@@ -247,6 +279,7 @@ def fast_matmul(kernel, sizes):
 CASES = [
     dense, layer_norm, split_heads, join_heads, dot_product_attention, dropout, token_cross_entropy, adam_update, write,
     top_k, unfold, compiled, fast_matmul, embed, additive_scores, recurrence, gru, lstm,
+    update_if, differentiate,
 ]  # fmt: skip
 
 

@@ -124,6 +124,9 @@ class Model(Configured, keras.Model, metaclass=_BuiltAfterInit):
         return x
 
     def fit(self, x=None, *args, **kwargs):
+        if getattr(x, "in_order", False):  # batches that go on from each other, which Keras would shuffle
+            if kwargs.setdefault("shuffle", False):
+                raise ValueError(f"{type(x).__name__} must be read in order; leave out shuffle={kwargs['shuffle']!r}.")
         return super().fit(self._checked(x), *args, **kwargs)
 
     def evaluate(self, x=None, *args, **kwargs):

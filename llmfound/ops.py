@@ -79,3 +79,24 @@ def sinusoids(length, dim, layout="interleaved"):
 def gather_positions(x, positions):
     """Rows of x at some positions: float (batch, n, dim) from x (batch, length, dim), positions int (batch, n)."""
     return ops.take_along_axis(x, positions[..., None], axis=1)
+
+
+def concat_pool(x, mask=None):
+    """[the last state; the greatest value of each feature; the mean]: float (batch, 3 dim) from (batch, length, dim).
+
+    Source: Howard and Ruder 2018, section 3.3.
+
+    Args:
+        x: float (batch, length, dim).
+        mask: bool (batch, length), True at what is pooled, in any pattern; None pools all. A row without any is zeros.
+    """
+    if mask is None:
+        return ops.concatenate([x[:, -1], ops.max(x, axis=1), ops.mean(x, axis=1)], axis=-1)
+    real = ops.cast(mask, x.dtype)[..., None]
+    count = ops.sum(real, axis=1)
+    places = ops.arange(ops.shape(x)[1])
+    last = ops.max(ops.where(mask, places, 0), axis=1)
+    last = ops.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    greatest = ops.max(ops.where(real > 0, x, ops.cast(-3e4, x.dtype)), axis=1)  # within float16
+    mean = ops.sum(x * real, axis=1) / ops.maximum(count, 1)
+    return ops.concatenate([last, greatest, mean], axis=-1) * ops.cast(count > 0, x.dtype)

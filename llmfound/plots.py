@@ -159,6 +159,40 @@ def bleu_by_length(systems, title=None, path=None):
     return _finish(figure, title, path)
 
 
+def learning_rates(found, title=None, path=None):
+    """The loss over the rates that `llmfound.training.find_learning_rate` tried, and the one that it suggests.
+
+    Source: Smith 2017, section 3.3.
+
+    Args:
+        found: LearningRates.
+        title: str, above the picture.
+        path: file to save it to; its ending says the format.
+
+    Returns:
+        matplotlib.figure.Figure.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+        ImportError: if matplotlib is missing.
+    """
+    if not found.rates:
+        raise ValueError("There is no rate to draw.")
+    figure, [[axes]] = _figure(6.4, 4)
+    axes.plot(found.rates, found.losses, color="0.8", linewidth=1, label="each batch")
+    axes.plot(found.rates, found.smooth, label="running mean")
+    axes.axvline(found.suggestion, color="C1", linestyle="--", label=f"steepest: {found.suggestion:.2g}")
+    axes.set_xscale("log")
+    low, first = min(found.smooth), found.smooth[0]
+    axes.set_ylim(low - 0.1 * abs(first - low), first + 0.5 * abs(first - low))
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _finish(figure, title, path)
+
+
 def _series(history):
     """{name: float (points,)}, NaN where a point lacks a quantity."""
     history = getattr(history, "history", history)

@@ -105,6 +105,38 @@ def dl4mt():
     return llmfound.models.DL4MT(11, 12, 4, 8)
 
 
+def variational_dropout():
+    return llmfound.layers.VariationalDropout(0.3)
+
+
+def embedding_dropout():
+    return llmfound.layers.EmbeddingDropout(11, 0.3)
+
+
+def awd_lstm():
+    return llmfound.layers.AWDLSTM(11, 4, 6)
+
+
+def ulmfit():
+    return llmfound.models.ULMFiT(11, 4, 6, 2)
+
+
+def classifier():
+    return llmfound.models.ULMFiTClassifier(ulmfit(), 3, hidden_dim=5, window=4)
+
+
+def ensemble():
+    return llmfound.models.Ensemble([classifier(), classifier()])
+
+
+def language_model_head():
+    return llmfound.layers.LanguageModelHead(11)
+
+
+def pooling_classifier_head():
+    return llmfound.layers.PoolingClassifierHead(3, 5)
+
+
 def masked_lm_head():
     return llmfound.layers.MaskedLMHead(11, 8)
 
@@ -158,6 +190,16 @@ CASES = {
     "RNNsearch": dict(make=rnnsearch, **TOKENS),
     "RNNencdec": dict(make=rnnencdec, **TOKENS),
     "DL4MT": dict(make=dl4mt, **TOKENS),
+    "VariationalDropout": dict(make=variational_dropout, inputs=(X,)),
+    "EmbeddingDropout": dict(make=embedding_dropout, inputs=(X, IDS)),
+    "AWDLSTM": dict(make=awd_lstm, inputs={"token_ids": IDS}),
+    "LanguageModelHead": dict(
+        make=language_model_head, inputs=(X, np.linspace(-1, 1, 88, dtype="float32").reshape(11, 8))
+    ),
+    "PoolingClassifierHead": dict(make=pooling_classifier_head, inputs=MASKED, mask="mask"),
+    "ULMFiT": dict(make=ulmfit, inputs={"token_ids": IDS}, labels=np.roll(IDS, -1, axis=1)),
+    "ULMFiTClassifier": dict(make=classifier, inputs={"token_ids": IDS}, labels=np.array([0, 2, 1])),
+    "Ensemble": dict(make=ensemble, inputs={"token_ids": IDS}, labels=np.array([0, 2, 1])),
     "Transformer": dict(make=transformer, **TOKENS),
     "Transformer, Pre-LN": dict(make=pre_ln_transformer, **TOKENS),
     "keras BatchNormalization": dict(make=batch_norm, inputs={"inputs": X, "mask": MASK}),

@@ -36,6 +36,18 @@ def test_the_demo_leaves_a_model_that_translates_on_every_backend(tmp_path):
 
 
 @pytest.mark.slow
+def test_ulmfit_runs_its_three_stages(tmp_path):
+    options = "--general-texts", "1000", "--vocabulary", "1000", "--task-epochs", "1", "--epochs", "3", "--labels", "90"
+    shown = run(keras.backend.backend(), "ulmfit.py", "--folder", str(tmp_path / "a"), *options)
+    assert "epoch 2: training lstm_3 at 3.85e-03 and head at 1.00e-02; waiting: embedding, lstm_1, lstm_2" in shown
+    assert "90 labels; error on 755 texts" in shown
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"general", "task", "classifier", "result.json"}
+    again = run(keras.backend.backend(), "ulmfit.py", "--general", str(tmp_path / "a" / "general"), "--folder",
+                str(tmp_path / "b"), *options)  # fmt: skip
+    assert "Stage 3" in again and not (tmp_path / "b" / "general").exists()
+
+
+@pytest.mark.slow
 def test_rnnsearch_and_its_baseline_draw_the_papers_figures(tmp_path):
     pytest.importorskip("matplotlib")
     here = keras.backend.backend()

@@ -333,6 +333,42 @@ def test_adam_update(body, epsilon):
             assert_close(numpy(variable.value), exact, 1e-6, f"{what} after step {step}")
 
 
+def variables_of(*arrays):
+    return [keras.Variable(array) for array in arrays]
+
+
+@pytest.mark.parametrize("body", bodies("update_if"))
+@pytest.mark.parametrize("condition", [True, False])
+def test_update_if(body, condition):
+    variables = variables_of(random(3), random(2, 2))
+
+    def update():
+        for variable in variables:
+            variable.assign_add(ops.ones(variable.shape))
+
+    body(ops.convert_to_tensor(condition), update, variables)
+    for variable, before in zip(variables, (random(3), random(2, 2))):
+        assert (numpy(variable) == before + condition).all()
+
+
+@pytest.mark.parametrize("body", bodies("differentiate"))
+def test_differentiate(body):
+    """Whatever it says, the gradients that are wanted are right; on torch the others are none."""
+    probe = Probe(lambda x, y: x * y, [random(3), random(3, seed=1)])
+    first, second = probe.arguments
+    assert body(first)
+    off = not body(first, False)
+    assert body(first) == (not off) and body(second)
+    expected = factors((3,)) * random(3)
+    if off:
+        assert keras.backend.backend() == "torch"
+        probe.compute_loss(y_pred=probe(np.zeros((1, 1), "float32"))).backward()
+        assert first.value.grad is None
+        assert_close(second.value.grad, expected)
+    assert body(first, True)
+    assert_close(exposed(probe)[1], expected)
+
+
 # The cache
 
 
@@ -865,6 +901,38 @@ def test_lstm(mask, reverse, bias):
     shapes = [(3, 4, 2), (3, 2), (3, 2), (2, 8), (2, 8)] + [(8,)] * bias
     values = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
     assert_equals_numpy("lstm", definition, *values, call=call, value_tolerance=2e-6)
+
+
+@pytest.mark.parametrize("mask", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 4, 9])
+def test_lstm_in_windows(mask, reverse, window):
+    """The same outputs, and the gradients of windows by hand between which the state stops them."""
+
+    def by_hand(x, h, c, kernel, recurrent):
+        state, rows = (h, c), []
+        for start in range(0, 4, window):
+            part = slice(max(4 - start - window, 0), 4 - start) if reverse else slice(start, start + window)
+            keep = None if mask is None else ops.convert_to_tensor(mask[:, part])
+            outputs, last = reference.lstm(x[:, part], state, kernel, recurrent, None, keep, reverse)
+            state = [ops.stop_gradient(s) for s in last]
+            rows.append(outputs)
+        rows = rows[::-1] if reverse else rows
+        return ops.concatenate([*rows, *[s[:, None] for s in last]], axis=1)
+
+    def call(body):
+        def run(x, h, c, kernel, recurrent):
+            keep = None if mask is None else ops.convert_to_tensor(mask)
+            outputs, last = body(x, (h, c), kernel, recurrent, None, keep, reverse, window)
+            return ops.concatenate([outputs, *[s[:, None] for s in last]], axis=1)
+
+        return run
+
+    values = [random(*shape, seed=i) for i, shape in enumerate([(3, 4, 2), (3, 2), (3, 2), (2, 8), (2, 8)])]
+    tensors = [ops.convert_to_tensor(value) for value in values]
+    for body in bodies("lstm"):
+        assert_close(call(body)(*tensors), by_hand(*tensors), 2e-6, body.__module__)
+        assert_close(gradients(call(body), *values), gradients(by_hand, *values), 1e-5, body.__module__)
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])

@@ -34,7 +34,7 @@ BELOW = {
         for part in ("convert", "data", "decoding", "plots", "testing", "training")
     },
 }
-COMPOSED_LAYERS = {"blocks", "recurrent", "heads"}  # the files of layers/ that the others there may not import
+COMPOSED_LAYERS = {"blocks", "awd_lstm", "heads"}  # the files of layers/ that the others there may not import
 
 
 def package_files():

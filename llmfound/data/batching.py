@@ -19,7 +19,58 @@ class _Rows(namedtuple("_Rows", "flat starts lengths")):
         return self._replace(starts=self.starts[indices], lengths=self.lengths[indices])
 
 
-class _Batches(keras.utils.PyDataset):
+class Passes(keras.utils.PyDataset):
+    """Batches whose order is a function of the epoch; each pass goes on where the one before was finished.
+
+    A subclass has `_order(epoch)`, a list with an entry for each batch, and sets `epoch` once it can.
+    """
+
+    @property
+    def epoch(self):
+        """int, the number of the current pass, from 0; set it to resume."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch):
+        _check_integers(0, epoch=epoch)
+        self._epoch = epoch
+        self._asked = None
+        self._batches = self._order(epoch)
+
+    @property
+    def asked(self):
+        """bool (batches,), True for the batches of the current pass that were asked for; None before it begins."""
+        return self._asked
+
+    def __len__(self):
+        return len(self._batches)
+
+    def _take(self, index):
+        """The entry of a batch, which counts as asked for from now on."""
+        entry = self._batches[index]
+        if self._asked is not None:
+            self._asked[index] = True
+        return entry
+
+    def __iter__(self):
+        self.on_epoch_begin()
+        return super().__iter__()
+
+    def on_epoch_begin(self):
+        if self._asked is None:
+            self._asked = np.zeros(len(self), "bool")
+
+    def on_epoch_end(self):
+        """Goes on to the next epoch, if every batch of this one was asked for.
+
+        Keras calls this also before the first epoch, after a look at one batch, and, with `steps_per_epoch`, in the
+        middle of a pass; a new order there would repeat some batches and lose others.
+        """
+        if self._asked is not None and self._asked.all():
+            self.epoch += 1
+
+
+class _Batches(Passes):
     """Sentence pairs as batches: all but which pairs go together, in which shape. See `TranslationBatches`.
 
     A subclass has `_order(epoch)`, list of ((rows, source length, target length), int (at most rows,) pairs), always
@@ -45,18 +96,6 @@ class _Batches(keras.utils.PyDataset):
         self.shuffle, self.seed = shuffle, seed
 
     @property
-    def epoch(self):
-        """int, the number of the current pass, from 0; set it to resume."""
-        return self._epoch
-
-    @epoch.setter
-    def epoch(self, epoch):
-        _check_integers(0, epoch=epoch)
-        self._epoch = epoch
-        self._asked = None
-        self._batches = self._order(epoch)
-
-    @property
     def shapes(self):
         """list of (rows, source length, target length) of the current pass, each once, smallest first."""
         return sorted({shape for shape, _ in self._batches}, key=lambda shape: shape[1:])
@@ -67,14 +106,6 @@ class _Batches(keras.utils.PyDataset):
         cells = sum(rows * (s + t) for (rows, s, t), _ in self._batches)
         return 1 - (int(self._source.lengths.sum()) + self.tokens_per_epoch) / cells
 
-    @property
-    def asked(self):
-        """bool (batches,), True for the batches of the current pass that were asked for; None before it begins."""
-        return self._asked
-
-    def __len__(self):
-        return len(self._batches)
-
     def __getitem__(self, index):
         """Batch `index` of the current epoch.
 
@@ -82,10 +113,7 @@ class _Batches(keras.utils.PyDataset):
             {"source_ids": int32 (rows, source length), "target_ids": int32 (rows, target length)}, and the labels,
             int32 (rows, target length).
         """
-        (rows, source_length, target_length), members = self._batches[index]
-        asked = self._asked
-        if asked is not None:
-            asked[index] = True
+        (rows, source_length, target_length), members = self._take(index)
         source_pad, target_pad = self._pad_ids
         source, target = self._source.at(members), self._target.at(members)
         labels = target._replace(starts=target.starts + 1)
@@ -94,23 +122,6 @@ class _Batches(keras.utils.PyDataset):
             "target_ids": _padded(target, rows, target_length, target_pad),
         }
         return x, _padded(labels, rows, target_length, target_pad)
-
-    def __iter__(self):
-        self.on_epoch_begin()
-        return super().__iter__()
-
-    def on_epoch_begin(self):
-        if self._asked is None:
-            self._asked = np.zeros(len(self), "bool")
-
-    def on_epoch_end(self):
-        """Goes on to the next epoch, if every batch of this one was asked for.
-
-        Keras calls this also before the first epoch, after a look at one batch, and, with `steps_per_epoch`, in the
-        middle of a pass; a new order there would repeat some pairs and lose others.
-        """
-        if self._asked is not None and self._asked.all():
-            self.epoch += 1
 
     def __str__(self):
         shapes = ["x".join(map(str, shape)) for shape in self.shapes]

@@ -11,6 +11,9 @@ from pathlib import Path
 
 # SHA-256 of every file that `fetch` knows.
 HASHES = {
+    "imdb/test.jsonl.xz": "5ff94fb35ecf67aedffc55dc19a810e9b50ed193bfbd8259efc007353aa0c3e5",
+    "imdb/train.jsonl.xz": "db292d1538fc7c5333b3e1a4bf8c1497c116e1bed9e9f0115cd5081ec3ceaa79",
+    "imdb/unsup.jsonl.xz": "86e3819bbca8e3f30a765d1f2c5436a602b6d684966b1d5464a1827d53e22f1c",
     "multi30k/test_2016_flickr.de.gz": "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
     "multi30k/test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
     "multi30k/test_2016_flickr.fr.gz": "6d326e188d259fb1d04ac19eae3af956559b3a0b93d7635e56c90987c40c8b90",
@@ -26,12 +29,20 @@ HASHES = {
     "tatoeba/eng-fra.test.tsv.xz": "4b83ae58b54f0c2817cdd9a666d0fa40bd58a2132e8a5e92420550b7eecd8681",
     "tatoeba/eng-fra.train.tsv.xz": "e6ab92b2d705bd0050189f5e9329a167be90d0d7cd43bb96fdef49d95e2a50af",
     "tatoeba/eng-fra.valid.tsv.xz": "70c1afa65106c33d32c3112d40c79549c632c7eb44ead694281cfe1fe9d807de",
+    "trec/test.label.gz": "366705c9150d3442b1ca366ce7da02943c4d1304bf6c4e847d5cf14d6172f09d",
+    "trec/train.label.gz": "afff5c8d498e84c5193219052a8dc3a1cc46b5642971edceae8e316001940f28",
+    "wikitext-2/test.txt.xz": "07eeba52fffcd71044ced625bc3f6694b0aa4d4cd812481bda7bc48eedd3c533",
+    "wikitext-2/train.txt.xz": "7f5b03a0219b81adcc680f2d8bd24b7b3f19e4a01ac52f9533ca18cc807ac2bd",
+    "wikitext-2/valid.txt.xz": "69ca8b1132d18104a1f4b4569a7fda6f79f422348867f755b4308964ae859153",
 }
 # Where the files of a set are served just as hashed above. Tatoeba is not: these are selections of its exports.
 ADDRESSES = {"multi30k": "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"}
 BY_HAND = {
     "tatoeba": "eng-fra.*.tsv.xz come with the source of llmfound, in examples/data. https://www.manythings.org/anki/ "
-    "has newer and other pairs (deu-eng.zip, fra-eng.zip): unpack one and use read_pairs(path, columns=(0, 1))."
+    "has newer and other pairs (deu-eng.zip, fra-eng.zip): unpack one and use read_pairs(path, columns=(0, 1)).",
+    "imdb": "aclImdb_v1.tar.gz, unpacked there, will do: https://ai.stanford.edu/~amaas/data/sentiment/.",
+    "trec": "train_5500.label and TREC_10.label will do: https://cogcomp.seas.upenn.edu/Data/QA/QC/.",
+    "wikitext-2": "wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens of wikitext-2-v1.zip will do.",
 }
 
 

@@ -146,6 +146,14 @@ class Tokenizer:
         """The content of the tokenizer.json, str; `Tokenizer(json_text)` reads it back."""
         return self._json
 
+    @property
+    def vocabulary(self):
+        """The pieces by their ids, list of str; an id without a piece has the empty one."""
+        pieces = [""] * self.vocab_size
+        for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            pieces[i] = piece
+        return pieces
+
     def encode(self, text):
         """The ids of the pieces of one text, list of int, without start and end."""
         return self.encode_batch([text])[0]
@@ -269,7 +277,7 @@ class Tokenizer:
         return found
 
     def __reduce__(self):  # the library's own pickle forgets encode_special_tokens
-        return Tokenizer, (self._json, self.pad_id, self.start_id, self.end_id, self.unk_id)
+        return type(self), (self._json, self.pad_id, self.start_id, self.end_id, self.unk_id)
 
     def __repr__(self):
         ids = ", ".join(f"{role}_id={getattr(self, role + '_id')}" for role in _USUAL_NAMES)

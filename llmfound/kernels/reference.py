@@ -17,6 +17,8 @@ __all__ = [
     "portable_bits",
     "token_cross_entropy",
     "adam_update",
+    "update_if",
+    "differentiate",
     "write",
     "fast_matmul",
     "compiled",
@@ -180,6 +182,35 @@ def adam_update(variable, gradient, momentum, velocity, learning_rate, step, bet
     momentum.assign(momentum + (gradient - momentum) * (1 - beta_1))
     velocity.assign(velocity + (ops.square(gradient) - velocity) * (1 - beta_2))
     variable.assign(variable - ops.cast(alpha, variable.dtype) * momentum / (ops.sqrt(velocity) + epsilon))
+
+
+def update_if(condition, update, variables):
+    """Calls update(), and takes back what it did to the variables if the scalar condition is False.
+
+    Args:
+        condition: bool scalar.
+        update: function without arguments that writes to no other variables.
+        variables: list of variables.
+    """
+    before = [ops.copy(ops.convert_to_tensor(variable)) for variable in variables]
+    update()
+    for variable, old in zip(variables, before):
+        variable.assign(ops.where(condition, ops.convert_to_tensor(variable), old))
+
+
+def differentiate(variable, wanted=None):
+    """Says whether the next gradients must have that of the variable, where the framework can leave it out.
+
+    PyTorch can: its graph is new at every step. A compiled step would have to be compiled anew, and computes it still.
+
+    Args:
+        variable: a variable of a model.
+        wanted: bool; None changes nothing.
+
+    Returns:
+        bool, whether the next gradients will have it.
+    """
+    return True
 
 
 def write(cache, update, position):
@@ -374,7 +405,7 @@ def gru_weights(recurrent_kernel, reset_after=False):
     return {"gates": recurrent_kernel[:, : 2 * n], "candidate": recurrent_kernel[:, 2 * n :]}
 
 
-def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False):
+def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False, window=None):
     """Long short-term memory over a sequence; the columns of kernels and bias are [i, f, g, o], n each.
 
     i, f, o = sigmoid(x W + h U + b), g = tanh(x W + h U + b);  c = f c + i g,  h = o tanh(c)
@@ -388,18 +419,21 @@ def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False
         bias: float (4n,).
         mask: bool (batch, length); where it is False, h and c stay as they are.
         reverse: whether to go from the last position to the first.
+        window: int; no gradient passes from a window of so many positions to the one read before it.
 
     Returns:
         h at every position, float (batch, length, n), and the last (h, c).
     """
-    return lstm_by(recurrence, x, state, kernel, recurrent_kernel, bias, mask, reverse)
+    return lstm_by(recurrence, x, state, kernel, recurrent_kernel, bias, mask, reverse, window)
 
 
-def lstm_by(recurrence, x, state, kernel, recurrent_kernel, bias, mask, reverse):
+def lstm_by(recurrence, x, state, kernel, recurrent_kernel, bias, mask, reverse, window):
     """`lstm` with a given body of `recurrence`."""
 
     def step(state, inputs, product, _):
         (h, c), mask = state, inputs.get("mask")
+        if "cut" in inputs:
+            h, c = (ops.where(inputs["cut"], ops.stop_gradient(s), s) for s in (h, c))
         i, f, g, o = ops.split(inputs["x"] + product("gates", h), 4, axis=-1)
         new_c = ops.sigmoid(f) * c + ops.sigmoid(i) * ops.tanh(g)
         new_h = ops.sigmoid(o) * ops.tanh(new_c)
@@ -408,6 +442,10 @@ def lstm_by(recurrence, x, state, kernel, recurrent_kernel, bias, mask, reverse)
         return (new_h, new_c), new_h
 
     inputs = _time_major(dense(ops.swapaxes(x, 0, 1), kernel, bias), mask)
+    if window is not None and not (isinstance(x.shape[1], int) and x.shape[1] <= window):
+        place = ops.arange(ops.shape(x)[1])
+        place = ops.flip(place) if reverse else place
+        inputs["cut"] = ((place % window == 0) & (place > 0))[:, None, None]
     state, outputs = recurrence(step, tuple(state), inputs, {"gates": recurrent_kernel}, (), reverse)
     return ops.swapaxes(outputs, 0, 1), state
 

@@ -210,8 +210,8 @@ def gru(x, state, kernel, recurrent_kernel, bias=None, recurrent_bias=None, mask
     )
 
 
-def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False):
-    return reference.lstm_by(recurrence, x, state, kernel, recurrent_kernel, bias, mask, reverse)
+def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False, window=None):
+    return reference.lstm_by(recurrence, x, state, kernel, recurrent_kernel, bias, mask, reverse, window)
 
 
 def additive_scores(query, keys, scale):

@@ -17,6 +17,8 @@ __all__ = [
     "dropout",
     "token_cross_entropy",
     "adam_update",
+    "update_if",
+    "differentiate",
     "write",
     "fast_matmul",
     "compiled",
@@ -102,6 +104,19 @@ def adam_update(variable, gradient, momentum, velocity, learning_rate, step, bet
             lr=float(learning_rate), beta1=beta_1, beta2=beta_2, weight_decay=0.0,
             eps=epsilon / (1 - beta_2 ** float(step)) ** 0.5, amsgrad=False, maximize=False,
         )  # fmt: skip
+
+
+def update_if(condition, update, variables):
+    """A step is no compiled program here: what is not wanted is not done."""
+    if condition:
+        update()
+
+
+def differentiate(variable, wanted=None):
+    if wanted is not None:
+        variable.value.requires_grad_(wanted)
+        variable.value.grad = variable.value.grad if wanted else None
+    return variable.value.requires_grad
 
 
 def write(cache, update, position):
@@ -350,13 +365,15 @@ class _GRU(torch.autograd.Function):
         return None, None, None, of_x, dh, of_kernel, of_recurrent, of_bias, of_recurrent_bias, None
 
 
-def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False):
+def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False, window=None):
     """torch's own LSTM, which is oneDNN's on a CPU and cuDNN's on a GPU, also under a mask; see `reference.lstm`.
 
     Under a mask, every row's real positions move to the front and its outputs back. Behind them, one more input
     opens the forget gate and shuts the input gate, so that c is the same at the end.
     """
     kernel, recurrent_kernel, bias = _tensor(kernel), _tensor(recurrent_kernel), _tensor(bias)
+    if window is not None and x.shape[1] > window:
+        return _in_windows(x, state, kernel, recurrent_kernel, bias, mask, reverse, window)
     x, mask, real = _to_the_front(x, mask, reverse)
     if mask is not None:
         x = torch.cat([x, (~real)[..., None].to(x.dtype)], dim=-1)
@@ -369,6 +386,18 @@ def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False
     outputs, _, c = torch.lstm(x, states, weights, bias is not None, 1, 0.0, torch.is_grad_enabled(), False, True)
     outputs = _and_back(outputs, state[0], mask)
     return outputs.flip(1) if reverse else outputs, (outputs[:, -1], c[0])
+
+
+def _in_windows(x, state, kernel, recurrent_kernel, bias, mask, reverse, window):
+    length, rows = x.shape[1], []
+    for start in range(0, length, window):  # in the order of reading
+        end = min(start + window, length)
+        part = slice(length - end, length - start) if reverse else slice(start, end)
+        mask_part = None if mask is None else mask[:, part]
+        outputs, last = lstm(x[:, part], state, kernel, recurrent_kernel, bias, mask_part, reverse)
+        rows.append(outputs)
+        state = [s.detach() for s in last]
+    return torch.cat(rows[::-1] if reverse else rows, dim=1), last
 
 
 def _to_the_front(x, mask, reverse):

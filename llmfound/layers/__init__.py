@@ -1,7 +1,8 @@
 from llmfound.layers.attention import AdditiveAttention, MultiHeadAttention, MultiHeadSelfAttention
+from llmfound.layers.awd_lstm import AWDLSTM
 from llmfound.layers.blocks import PostLNBlock, PreLNBlock, TransformerBlock
-from llmfound.layers.dropout import Dropout
+from llmfound.layers.dropout import Dropout, EmbeddingDropout, VariationalDropout
 from llmfound.layers.embedding import Embedding, PositionalEncoding
 from llmfound.layers.feedforward import FeedForward, Maxout
-from llmfound.layers.heads import MaskedLMHead
+from llmfound.layers.heads import LanguageModelHead, MaskedLMHead, PoolingClassifierHead
 from llmfound.layers.recurrent import GRU, LSTM, AttentionCell, GatedRecurrence, SquareOrthogonal

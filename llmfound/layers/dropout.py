@@ -1,6 +1,7 @@
-"""Dropout whose masks come from the fastest generator of the framework."""
+"""Dropout of elements, whose masks come from the fastest generator of the framework, of features, and of words."""
 
 import keras
+from keras import ops
 
 from llmfound import kernels
 from llmfound.base import Layer
@@ -40,4 +41,63 @@ class Dropout(Layer):
         return kernels.dropout(x, self.rate, self.seed_generator) if training and self.rate > 0 else x
 
     def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class VariationalDropout(Dropout):
+    """Drops the same features at every position of a sequence: one mask for each row, drawn anew at every call.
+
+    y_bt = x_bt m_b,  m_b float (dim,) of zeros and 1 / (1 - rate)
+    Also called locked dropout. Source: Gal and Ghahramani 2016; Merity, Keskar, Socher 2018, section 4.2.
+
+    Args, errors: those of `Dropout`.
+
+    Call arguments:
+        x: float (batch, length, dim).
+        training: whether to drop.
+
+    Returns:
+        float, the shape and dtype of x.
+    """
+
+    def call(self, x, training=None):
+        return x * super().call(ops.ones_like(x[:, :1]), training=training) if training and self.rate > 0 else x
+
+
+class EmbeddingDropout(Dropout):
+    """Drops words: a dropped one is zero wherever it stands in the batch, and the others are scaled up.
+
+    One mask over the vocabulary for each call. Source: Gal and Ghahramani 2016; Merity, Keskar, Socher 2018,
+    section 4.3.
+
+    Args:
+        vocab_size: Number of words.
+        rate: Fraction of the words dropped, at least 0 and below 1.
+        seed: int; None follows keras.utils.set_random_seed.
+
+    Call arguments:
+        x: float (batch, length, dim), the words' vectors.
+        token_ids: int (batch, length), the words.
+        training: whether to drop.
+
+    Returns:
+        float, the shape and dtype of x.
+
+    Raises:
+        ValueError: if `vocab_size` is not positive, or `rate` is outside [0, 1).
+    """
+
+    def __init__(self, vocab_size, rate, seed=None, **kwargs):
+        super().__init__(rate, seed, **kwargs)
+        if vocab_size <= 0:
+            raise ValueError(f"vocab_size must be positive; got {vocab_size}.")
+        self.vocab_size = vocab_size
+
+    def call(self, x, token_ids, training=None):
+        if not training or self.rate == 0:
+            return x
+        mask = super().call(ops.ones((self.vocab_size,), x.dtype), training=True)
+        return x * ops.take(mask, token_ids, axis=0)[..., None]
+
+    def compute_output_shape(self, input_shape, **_):
         return input_shape

@@ -4,8 +4,10 @@ import functools
 
 from keras import activations, initializers, layers, ops
 
+from llmfound import kernels
 from llmfound.base import Layer
-from llmfound.ops import gather_positions
+from llmfound.layers.dropout import Dropout
+from llmfound.ops import concat_pool, gather_positions
 
 
 class MaskedLMHead(Layer):
@@ -65,3 +67,93 @@ class MaskedLMHead(Layer):
         x = self.norm(self.activation(self.dense(gather_positions(x, masked_positions))))
         logits = ops.matmul(ops.cast(x, "float32"), ops.transpose(ops.cast(embeddings, "float32")))
         return logits + self.bias
+
+
+class LanguageModelHead(Layer):
+    """Predicts the next token, with the embedding matrix as output weights.
+
+    logits = h E^T + b.  Source: Press and Wolf 2017; Merity, Keskar, Socher 2018, section 4.5.
+
+    Args:
+        vocab_size: Number of tokens (V).
+        use_bias: Whether there is b.
+
+    Call arguments:
+        x: float (..., dim), hidden states.
+        embeddings: float (vocab_size, dim), the matrix of the token embedding.
+
+    Returns:
+        Logits, float32 (..., vocab_size).
+
+    Raises:
+        ValueError: if `vocab_size` is not positive, or the embeddings are not (vocab_size, dim).
+    """
+
+    def __init__(self, vocab_size, use_bias=True, **kwargs):
+        super().__init__(**kwargs)
+        if vocab_size <= 0:
+            raise ValueError(f"vocab_size must be positive; got {vocab_size}.")
+        self.vocab_size = vocab_size
+        self.bias = None
+        if use_bias:
+            self.bias = self.add_weight(
+                shape=(vocab_size,), initializer="zeros", name="bias", dtype="float32", autocast=False
+            )
+        self.built = True
+
+    def call(self, x, embeddings):
+        if tuple(embeddings.shape) != (self.vocab_size, x.shape[-1]):
+            raise ValueError(
+                f"embeddings must be (vocab_size, dim) = ({self.vocab_size}, {x.shape[-1]}); "
+                f"got {tuple(embeddings.shape)}."
+            )
+        embeddings = ops.cast(ops.convert_to_tensor(embeddings), "float32")
+        return kernels.dense(ops.cast(x, "float32"), ops.transpose(embeddings), self.bias)
+
+
+class PoolingClassifierHead(Layer):
+    """Classifies a sequence by its last state, and the greatest and the mean value of each feature (concat pooling).
+
+    p = [h_T; max_t h_t; mean_t h_t];  hidden = relu(W1 dropped(norm(p)) + b1)
+    logits = W2 dropped(norm(hidden)) + b2;  norms are over the batch
+    Source: Howard and Ruder 2018, section 3.3; the second dropout and the norms' settings are the authors' code's.
+
+    Args:
+        num_classes: Number of classes.
+        hidden_dim: Width of the hidden layer.
+        dropout: Fraction dropped of the pooled features.
+        hidden_dropout: Fraction dropped of the hidden layer.
+
+    Call arguments:
+        x: float (batch, length, dim), hidden states.
+        mask: bool (batch, length), True at the states that are pooled, in any pattern; h_T is the last of them. None
+            pools all. A row with none is pooled as zeros.
+        training: whether to drop, and to take the batch's own statistics.
+
+    Returns:
+        Logits, float32 (batch, num_classes).
+
+    Raises:
+        ValueError: if `hidden_dim` is not positive, or there are fewer than two classes.
+    """
+
+    def __init__(self, num_classes, hidden_dim=50, dropout=0.4, hidden_dropout=0.1, **kwargs):
+        super().__init__(**kwargs)
+        if num_classes < 2 or hidden_dim <= 0:
+            raise ValueError(
+                f"num_classes must be at least 2 and hidden_dim positive; got {num_classes} and {hidden_dim}."
+            )
+        policy = dict(dtype=self.dtype_policy)
+        norm = dict(momentum=0.9, epsilon=1e-5, **policy)
+        self.norm = layers.BatchNormalization(name="norm", **norm)
+        self.dropout = Dropout(dropout, name="dropout", **policy)
+        self.hidden = layers.Dense(hidden_dim, "relu", name="hidden", **policy)
+        self.hidden_norm = layers.BatchNormalization(name="hidden_norm", **norm)
+        self.hidden_dropout = Dropout(hidden_dropout, name="hidden_dropout", **policy)
+        self.output_classes = layers.Dense(num_classes, name="output_classes", dtype="float32")
+
+    def call(self, x, mask=None, training=None):
+        x = self.norm(concat_pool(x, mask), training=training)
+        x = self.hidden(self.dropout(x, training=training))
+        x = self.hidden_norm(x, training=training)
+        return self.output_classes(self.hidden_dropout(x, training=training))

@@ -138,15 +138,25 @@ class _Native:
             initial_state = [ops.copy(ops.stop_gradient(state)) for state in initial_state]
         if training and self.dropout:
             sequences = sequences * self.cell.get_dropout_mask(sequences[:, 0, :])[:, None]
-        cast = lambda w: None if w is None else ops.cast(ops.convert_to_tensor(w), sequences.dtype)  # noqa: E731
-        kernel, recurrent_kernel, bias = map(cast, (self.cell.kernel, self.cell.recurrent_kernel, self.cell.bias))
-        recurrent_kernel = self.weight_dropout(recurrent_kernel, training=training)
-        outputs, states = self._loop(sequences, initial_state, kernel, recurrent_kernel, bias, mask)
+        outputs, states = self.run(sequences, initial_state, mask, training)
         if self.zero_output_for_mask and mask is not None:
             outputs = ops.where(mask[..., None], outputs, ops.zeros((), outputs.dtype))
         if self.go_backwards:
             outputs = ops.flip(outputs, axis=1)
         return outputs[:, -1], outputs, states
+
+    def run(self, x, state, mask=None, training=False, window=None):
+        """The native loop, and only that: outputs float (batch, length, units), and the last states, a list.
+
+        Args:
+            x: float (batch, length, dim); state: list of float (batch, units); mask: bool (batch, length) or None.
+            training: whether recurrent weights are dropped.
+            window: int; the state passes from one window of so many positions to the next without its gradient.
+        """
+        cast = lambda w: None if w is None else ops.cast(ops.convert_to_tensor(w), x.dtype)  # noqa: E731
+        kernel, recurrent_kernel, bias = map(cast, (self.cell.kernel, self.cell.recurrent_kernel, self.cell.bias))
+        recurrent_kernel = self.weight_dropout(recurrent_kernel, training=training)
+        return self._loop(x, state, kernel, recurrent_kernel, bias, mask, window)
 
     def _why_not(self):
         """What only Keras's own loop can do; None if nothing of that is asked for."""
@@ -193,8 +203,8 @@ class LSTM(Configured, _Native, layers.LSTM):
         super().__init__(units, **kwargs)
         self._set_up(weight_dropout)
 
-    def _loop(self, x, state, kernel, recurrent_kernel, bias, mask):
-        outputs, state = kernels.lstm(x, state, kernel, recurrent_kernel, bias, mask, self.go_backwards)
+    def _loop(self, x, state, kernel, recurrent_kernel, bias, mask, window):
+        outputs, state = kernels.lstm(x, state, kernel, recurrent_kernel, bias, mask, self.go_backwards, window)
         return outputs, list(state)
 
 
@@ -218,7 +228,9 @@ class GRU(Configured, _Native, layers.GRU):
         super().__init__(units, **kwargs)
         self._set_up(weight_dropout)
 
-    def _loop(self, x, state, kernel, recurrent_kernel, bias, mask):
+    def _loop(self, x, state, kernel, recurrent_kernel, bias, mask, window):
+        if window is not None:
+            raise ValueError(f"GRU has no windows; got window={window}. LSTM has them.")
         after = self.cell.reset_after
         bias, recurrent_bias = (bias[0], bias[1]) if after and bias is not None else (bias, None)
         outputs, state = kernels.gru(

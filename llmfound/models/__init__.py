@@ -1,2 +1,3 @@
 from llmfound.models.rnnsearch import DL4MT, RNNencdec, RNNsearch
 from llmfound.models.transformer import Transformer
+from llmfound.models.ulmfit import Ensemble, ULMFiT, ULMFiTClassifier

@@ -1,6 +1,7 @@
 """What a run reports: perplexity and accuracy of the tokens, BLEU of the translations."""
 
 import json
+import math
 from dataclasses import dataclass
 
 import keras
@@ -179,3 +180,49 @@ def bleu_by_length(hypotheses, references, sources, bins=(10, 20, 30, 40, 50), *
             mean = float(np.mean([lengths[i] for i in there]))
             records.append({"low": low, "high": high, "count": len(there), "length": mean, "bleu": score})
     return records
+
+
+@keras.saving.register_keras_serializable(package="llmfound")
+class ErrorRate(keras.metrics.SparseCategoricalAccuracy):
+    """The share of examples whose class is not the one with the greatest logit. Arguments are those of its accuracy."""
+
+    def __init__(self, name="error_rate", dtype=None):
+        super().__init__(name=name, dtype=dtype)
+        self._direction = "down"
+
+    def result(self):
+        return 1 - super().result()
+
+
+def mean_interval(values, confidence=0.95):
+    """The mean of some runs, and the interval that holds the true mean with some confidence (Student's t).
+
+    Args:
+        values: sequence of float, one for each seed.
+        confidence: float, between 0 and 1.
+
+    Returns:
+        mean, low, high: float. With one value, low and high are nan.
+
+    Raises:
+        ValueError: if there is no value, one is not finite, or the confidence is not between 0 and 1.
+    """
+    values = np.asarray(list(values), "float64")
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"values must be finite numbers, at least one; got {values.tolist()}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1; got {confidence}.")
+    mean = float(values.mean())
+    if len(values) == 1:
+        return mean, math.nan, math.nan
+    half = _student(confidence, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def _student(confidence, freedom):
+    """t such that Student's distribution has `confidence` between -t and t; by its density, of sinh-spaced points."""
+    t = np.sinh(np.linspace(0, 20, 200_001))
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+    density = np.exp(log_scale - (freedom + 1) / 2 * np.log1p(t * t / freedom))
+    share = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(t))])
+    return float(np.interp(confidence / 2, share, t))

@@ -1,8 +1,10 @@
 """Learning rates as functions of the step."""
 
 import math
+import numbers
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -105,3 +107,88 @@ class LinearWarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
 
     def get_config(self):
         return {"peak": self.peak, "warmup_steps": self.warmup_steps, "steps": self.steps, "end": self.end}
+
+
+@keras.saving.register_keras_serializable(package="llmfound")
+class SlantedTriangular(keras.optimizers.schedules.LearningRateSchedule):
+    """Rises linearly over the first tenth of a stage of training, then falls linearly over the rest (STLR).
+
+    cut = max(1, floor(T cut_fraction)),  p = t / cut for t < cut, else 1 - (t - cut) / (T - cut)
+    rate(t) = peak (1 + p (ratio - 1)) / ratio,  t = 0 .. T-1
+    Source: Howard and Ruder 2018, section 3.2, equation 3. As printed, p falls below 0 and the rate with it where
+    T cut_fraction is no integer; this form, the authors' code's, is equal where it is one.
+
+    Args:
+        peak: float, the greatest rate, that of t = cut; 0.01 in the paper.
+        steps: int, the steps of the stage (T); or a sequence of int, those of several stages, each a triangle of its
+            own, as `unfreezing_stages` gives them for gradual unfreezing.
+        cut_fraction: float, the share of steps in which the rate rises.
+        ratio: float, how much smaller the first rate is than the greatest.
+
+    Call arguments:
+        step: int scalar, from 0. After the last stage the rate stays at peak / ratio.
+
+    Returns:
+        The rate, float32 scalar.
+
+    Raises:
+        ValueError: if `peak` is not positive, a stage has no step, `cut_fraction` is not between 0 and 1, or `ratio` is
+            less than 1.
+    """
+
+    def __init__(self, peak=0.01, steps=None, cut_fraction=0.1, ratio=32):
+        stages = list(steps) if isinstance(steps, (list, tuple)) else [steps]
+        if not stages or not all(isinstance(n, numbers.Integral) and n > 0 for n in stages):
+            raise ValueError(f"steps must be at least 1, the number of training steps of the stage; got {steps!r}.")
+        if peak <= 0 or ratio < 1 or not 0 < cut_fraction < 1:
+            raise ValueError(
+                "peak must be positive, ratio at least 1 and cut_fraction between 0 and 1; got "
+                f"peak={peak}, ratio={ratio}, cut_fraction={cut_fraction}."
+            )
+        self.peak = peak
+        self.steps = [int(n) for n in stages]
+        self.cut_fraction = cut_fraction
+        self.ratio = ratio
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        lengths = np.array(self.steps, "float32")
+        starts = np.cumsum([0, *self.steps[:-1]]).astype("float32")
+        cuts = np.maximum(np.floor(np.round(lengths * self.cut_fraction, 6)), 1).astype("float32")
+        stage = ops.sum(ops.cast(ops.greater_equal(step, starts), "int32")) - 1
+        start, length, cut = (ops.take(ops.convert_to_tensor(x), stage) for x in (starts, lengths, cuts))
+        t = step - start
+        fall = 1 - (t - cut) / ops.maximum(length - cut, 1)
+        p = ops.clip(ops.where(t < cut, t / cut, fall), 0, 1)
+        return self.peak * (1 + p * (self.ratio - 1)) / self.ratio
+
+    def get_config(self):
+        return {"peak": self.peak, "steps": self.steps, "cut_fraction": self.cut_fraction, "ratio": self.ratio}
+
+
+def unfreezing_stages(groups, epochs, steps_per_epoch, epochs_per_group=1):
+    """The steps of each stage of a gradual unfreezing, for `SlantedTriangular`: one triangle for each group added.
+
+    Args:
+        groups: int, the number of groups.
+        epochs: int, of the whole `fit`; what is left when all groups are trained is one stage.
+        steps_per_epoch: int, len(batches).
+        epochs_per_group: int, as in `GradualUnfreezing`.
+
+    Returns:
+        list of int.
+
+    Raises:
+        ValueError: if an argument is not positive.
+    """
+    if min(groups, epochs, steps_per_epoch, epochs_per_group) < 1:
+        raise ValueError(
+            "All arguments must be positive; got "
+            f"groups={groups}, epochs={epochs}, steps_per_epoch={steps_per_epoch}, epochs_per_group={epochs_per_group}."
+        )
+    lengths = [epochs_per_group] * min(groups - 1, -(-epochs // epochs_per_group))
+    lengths.append(epochs - sum(lengths))
+    if lengths[-1] <= 0:
+        last = lengths.pop()
+        lengths[-1] += last
+    return [n * steps_per_epoch for n in lengths]

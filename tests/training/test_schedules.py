@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from llmfound.training import InverseSquareRoot, LinearWarmupDecay
+from llmfound.testing import assert_close
+from llmfound.training import InverseSquareRoot, LinearWarmupDecay, SlantedTriangular, unfreezing_stages
 
 
 def rate(schedule, s):
@@ -108,3 +109,71 @@ def test_schedule_survives_saving(schedule, tmp_path):
 def test_wrong_arguments_are_named(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+# Slanted triangular rates
+
+
+def slanted(steps, **options):
+    schedule = SlantedTriangular(0.01, steps, **options)
+    total = sum(schedule.steps)
+    return np.array([float(ops.convert_to_numpy(schedule(step))) for step in range(total)])
+
+
+def test_check_3_the_slanted_triangle_of_1000_steps():
+    rates = slanted(1000)
+    expected = {0: 3.125e-4, 50: 5.15625e-3, 99: 9.903125e-3, 100: 1e-2, 550: 5.15625e-3, 999: 3.232638889e-4}
+    for step, rate in expected.items():
+        assert abs(rates[step] / rate - 1) < 1e-5
+    assert abs(rates.mean() - 5.15625e-3) < 1e-7
+    assert rates.argmax() == 100
+    assert np.abs(np.diff(rates[:101], 2)).max() < 1e-8 and np.abs(np.diff(rates[100:], 2)).max() < 1e-8
+
+
+def test_check_3_a_stage_that_is_no_multiple_of_ten():
+    rates = slanted(19)
+    assert abs(rates[18] - 8.506944e-4) < 1e-9
+    assert rates.argmax() == 1 and rates.min() > 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 9, 10, 11])
+def test_short_stages_have_positive_rates(steps):
+    rates = slanted(steps)
+    assert np.isfinite(rates).all() and rates.min() > 0 and rates.max() <= 0.01 * (1 + 1e-6)
+
+
+def test_stages_follow_each_other():
+    assert_close(slanted([19, 30, 1]), np.concatenate([slanted(19), slanted(30), slanted(1)]), 1e-7)
+    after = SlantedTriangular(0.01, [5, 10])(40)
+    assert_close(after, 0.01 / 32, 1e-7)
+
+
+@pytest.mark.parametrize("arguments, stages", [
+    (dict(groups=5, epochs=10, steps_per_epoch=7), [7, 7, 7, 7, 42]),
+    (dict(groups=5, epochs=5, steps_per_epoch=7), [7] * 5),
+    (dict(groups=3, epochs=7, steps_per_epoch=2, epochs_per_group=2), [4, 4, 6]),
+    (dict(groups=5, epochs=2, steps_per_epoch=3), [3, 3]),
+    (dict(groups=3, epochs=3, steps_per_epoch=1, epochs_per_group=2), [2, 1]),
+    (dict(groups=1, epochs=4, steps_per_epoch=5), [20]),
+])  # fmt: skip
+def test_the_steps_of_the_stages(arguments, stages):
+    assert unfreezing_stages(**arguments) == stages
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(steps=0), "steps must be at least 1, the number of training steps of the stage; got 0"),
+    (dict(), "steps must be at least 1"),
+    (dict(steps=[3, 0]), r"got \[3, 0\]"),
+    (dict(steps=2.5), "got 2.5"),
+    (dict(steps=5, peak=0), "peak must be positive"),
+    (dict(steps=5, cut_fraction=1.0), "cut_fraction between 0 and 1"),
+    (dict(steps=5, ratio=0.5), "ratio at least 1"),
+])  # fmt: skip
+def test_slanted_triangles_that_make_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SlantedTriangular(**arguments)
+
+
+def test_stages_that_make_no_sense():
+    with pytest.raises(ValueError, match="All arguments must be positive; got groups=0"):
+        unfreezing_stages(0, 1, 1)

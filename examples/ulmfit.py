@@ -1,0 +1,167 @@
+"""ULMFiT: a language model of general text, fine-tuned to the texts of a task, becomes a classifier.
+
+    python examples/ulmfit.py                                            # who wrote it? on books in the repository
+    KERAS_BACKEND=torch python examples/ulmfit.py --task trec --general wikitext2 --data FOLDER
+    python examples/ulmfit.py --task imdb --general wikitext2 --data FOLDER --labels 500
+    python examples/ulmfit.py --general runs/ulmfit/general              # stage 1 taken from an earlier run
+
+The general language model, that of the task, the classifier and what it scores are left in runs/ulmfit, or --folder.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import keras
+import numpy as np
+
+import llmfound
+from llmfound import data, models, training
+
+HERE = pathlib.Path(__file__).parent
+SMALL = dict(embedding_dim=200, hidden_dim=400)
+PAPER = dict(embedding_dim=400, hidden_dim=1150)
+BETAS = dict(beta_1=0.7, beta_2=0.99)  # Howard and Ruder 2018, section 4.1
+WRITERS = ("Carroll", "Doyle", "Austen")
+
+
+def general_texts(name, folder):
+    """Texts for stage 1, without classes."""
+    if name == "wikitext2":
+        return [line for line in data.wikitext2("train", folder) if line]
+    return [english for english, _ in data.read_pairs(HERE / "data" / "eng-fra.train.tsv.xz")]
+
+
+def task_texts(name, folder):
+    """{"train": (texts, labels), "test": (texts, labels), "more": texts without classes}, and the classes."""
+    if name == "trec":
+        return {part: data.trec(part, folder) for part in ("train", "test")} | {"more": []}, data.TREC_CLASSES
+    if name == "imdb":
+        found = {part: data.imdb(part, folder) for part in ("train", "test")}
+        return found | {"more": data.imdb("unsup", folder)[0]}, data.IMDB_CLASSES
+    chapters = "\n".join(data.read_lines(HERE / "data" / "prose.en.txt.xz")).split("\n\n")
+    writers = [0] * 12 + [1] * 12 + [2] * (len(chapters) - 24)
+    found = {"train": ([], []), "test": ([], []), "more": []}
+    for i, (chapter, writer) in enumerate(zip(chapters, writers)):
+        texts, labels = found["test" if i % 6 == 5 else "train"]  # no chapter is in both
+        paragraphs = [text for text in chapter.split("\n") if len(text.split()) >= 10]
+        texts += paragraphs
+        labels += [writer] * len(paragraphs)
+    return found, WRITERS
+
+
+def fit_language_model(model, texts, tokenizer, rate, epochs, options, groups=None, valid=()):
+    """Stages 1 and 2: slanted triangular rates; with groups, discriminative ones."""
+    batches = data.LanguageModelBatches(data.stream(texts, tokenizer), options.batch_size, seed=options.seed)
+    print(batches)
+    schedule = training.SlantedTriangular(rate, epochs * len(batches))
+    make = training.DiscriminativeAdam if groups else training.Adam
+    optimizer = make(schedule, global_clipnorm=0.3, **BETAS, **(dict(groups=groups) if groups else {}))
+    model.compile(optimizer, training.SmoothedCrossEntropy(0.0), metrics=[training.Perplexity()])
+    held_out = data.LanguageModelBatches(data.stream(valid, tokenizer), options.batch_size, variable=False)
+    progress = training.Progress(batches.tokens_per_epoch / len(batches))
+    history = model.fit(batches, validation_data=held_out, epochs=epochs, verbose=0, callbacks=[progress])
+    return history.history["val_perplexity"]
+
+
+def fit_classifier(classifier, texts, labels, tokenizer, options):
+    """Stage 3: discriminative and slanted triangular rates, and gradual unfreezing, inside one fit."""
+    batches = data.ClassificationBatches(
+        texts, labels, tokenizer, len(options.classes), options.class_batch_size, options.max_length, seed=options.seed
+    )
+    groups = classifier.layer_groups()
+    stages = training.unfreezing_stages(len(groups), options.epochs, len(batches))
+    rate = training.SlantedTriangular(options.rate, stages)
+    classifier.compile(
+        training.DiscriminativeAdam(rate, groups, global_clipnorm=25.0, **BETAS),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[training.ErrorRate()],
+    )
+    classifier.fit(
+        batches, epochs=options.epochs, shuffle=False, verbose=0,
+        callbacks=[training.GradualUnfreezing(), training.Progress()],
+    )  # fmt: skip
+
+
+def main(options):
+    keras.utils.set_random_seed(options.seed)
+    print(f"{llmfound.kernels.fast_matmul()} matrix products")
+    parts, options.classes = task_texts(options.task, options.data)
+    sizes = PAPER if options.paper else SMALL
+    options.folder.mkdir(parents=True, exist_ok=True)
+    result = {"task": options.task, "sizes": sizes}
+
+    print("\nStage 1, a language model of general text")
+    if pathlib.Path(options.general).is_dir():
+        lm = keras.models.load_model(pathlib.Path(options.general, "model.keras"))
+        general = data.WordTokenizer.load(pathlib.Path(options.general, "words.json"))
+    else:
+        texts = general_texts(options.general, options.data)[: options.general_texts]
+        general = data.WordTokenizer.train(texts, options.vocabulary)
+        held_out = max(len(texts) // 50, 1)
+        lm = models.ULMFiT(general.vocab_size, **sizes)
+        print(f"{lm.count_params():,} parameters, {general.vocab_size:,} words")
+        result["general perplexity"] = fit_language_model(
+            lm, texts[held_out:], general, options.general_rate, options.general_epochs, options, valid=texts[:held_out]
+        )
+        save(lm, general, options.folder / "general")
+
+    print("\nStage 2, the language model of the task's texts")
+    (texts, labels), held_out = parts["train"], parts["test"]
+    tokenizer = data.WordTokenizer.train([*texts, *parts["more"]], options.vocabulary)
+    lm = lm.with_vocabulary(general, tokenizer)
+    result["task perplexity"] = fit_language_model(
+        lm, [*texts, *parts["more"]], tokenizer, 0.004, options.task_epochs, options, lm.layer_groups(), held_out[0]
+    )
+    save(lm, tokenizer, options.folder / "task")
+
+    print("\nStage 3, the classifier")
+    chosen = np.random.default_rng(options.seed).permutation(len(texts))[: options.labels]
+    classifier = models.ULMFiTClassifier(lm, len(options.classes))
+    fit_classifier(classifier, [texts[i] for i in chosen], [labels[i] for i in chosen], tokenizer, options)
+    save(classifier, tokenizer, options.folder / "classifier")
+    test = data.ClassificationBatches(*held_out, tokenizer, batch_size=32, max_length=options.max_length)
+    result["error"] = float(classifier.evaluate(test, verbose=0)[1])
+    print(
+        f"\n{len(chosen):,} labels; error on {len(held_out[0]):,} texts that no stage trained on: {result['error']:.2%}"
+    )
+    (options.folder / "result.json").write_text(json.dumps(result, indent=1))
+    for i in range(0, len(held_out[0]), max(len(held_out[0]) // 5, 1)):
+        ids = data.pad([tokenizer.encode(held_out[0][i])], tokenizer.pad_id)
+        found = options.classes[int(classifier.predict_on_batch({"token_ids": ids}).argmax())]
+        print(f"{found:8} (it is {options.classes[held_out[1][i]]}): {held_out[0][i][:80]}")
+
+
+def save(model, tokenizer, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder / "model.keras")
+    tokenizer.save(folder / "words.json")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=["writers", "trec", "imdb"], default="writers")
+    parser.add_argument("--general", default="tatoeba", help="tatoeba, wikitext2, or a folder of an earlier stage 1")
+    parser.add_argument("--data", help="folder of the public sets; else the environment variable LLMFOUND_DATA")
+    parser.add_argument("--paper", action="store_true", help="the paper's sizes, 400 and 1150, in place of 200 and 400")
+    parser.add_argument("--vocabulary", type=int, default=20_000, help="most frequent words that are kept")
+    parser.add_argument("--general-texts", type=int, help="use so many general texts only")
+    parser.add_argument("--general-epochs", type=int, default=1)
+    parser.add_argument("--general-rate", type=float, default=0.005)
+    parser.add_argument("--task-epochs", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=64, help="rows of the language models")
+    parser.add_argument("--labels", type=int, help="texts of stage 3; all by default")
+    parser.add_argument("--epochs", type=int, default=10, help="of stage 3")
+    parser.add_argument("--rate", type=float, default=0.01, help="greatest rate of the top layers in stage 3")
+    parser.add_argument("--class-batch-size", type=int, default=64)
+    parser.add_argument("--max-length", type=int, default=400, help="words of a text that the classifier reads")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/ulmfit"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(arguments())

@@ -1,0 +1,4 @@
+"""Weights of other libraries, by name, in and out."""
+
+from llmfound.convert.assign import assign
+from llmfound.convert.fastai import from_fastai, to_fastai

@@ -1,0 +1,103 @@
+"""Public sets of texts with classes, and of running text, as published or as hashed in `text.HASHES`."""
+
+import json
+import os
+from pathlib import Path
+
+from llmfound.data.text import fetch, read_lines
+
+IMDB_CLASSES = ("neg", "pos")
+TREC_CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
+
+
+def wikitext2(split="train", folder=None):
+    """WikiText-2, word level: articles of Wikipedia, tokenized, with <unk> for rare words.
+
+    In the usual perplexity, each line ends with one more token, end of sentence, and blank lines are such tokens alone:
+    2,088,628 of train, 217,646 of valid and 245,569 of test. Licence: CC BY-SA 3.0. Source: Merity et al. 2016.
+
+    Args:
+        split: "train", "valid" or "test".
+        folder: where the files are, wikitext-2/train.txt.xz or wiki.train.tokens; None takes LLMFOUND_DATA.
+
+    Returns:
+        list of str, the lines, without the blanks at either end.
+    """
+    path = _published(folder, f"wiki.{_known(split, 'train', 'valid', 'test')}.tokens")
+    return [line.strip() for line in read_lines(path or fetch(f"wikitext-2/{split}.txt.xz", folder))]
+
+
+def imdb(split="train", folder=None):
+    """IMDb: reviews of films, 25,000 train and 25,000 test, half of them good, and 50,000 without classes, unsup.
+
+    For research, with citation. Source: Maas et al. 2011.
+
+    Args:
+        split: "train", "test" or "unsup".
+        folder: where the files are, imdb/train.jsonl.xz, or aclImdb as published; None takes LLMFOUND_DATA.
+
+    Returns:
+        The texts, list of str; and their classes, list of int, 1 being good, or of None.
+    """
+    _known(split, "train", "test", "unsup")
+    published = _published(folder, "aclImdb")
+    if published:
+        kinds = dict(unsup=None) if split == "unsup" else dict(neg=0, pos=1)
+        part = "train" if split == "unsup" else split
+        found = [(path.read_text("utf-8"), label) for kind, label in kinds.items()
+                 for path in sorted((published / part / kind).glob("*.txt"))]  # fmt: skip
+        if not found:
+            raise FileNotFoundError(f"{published} has no {part}/{'unsup' if split == 'unsup' else 'pos'}/*.txt.")
+    else:
+        rows = [json.loads(line) for line in read_lines(fetch(f"imdb/{split}.jsonl.xz", folder))]
+        found = [(row["text"], row["label"]) for row in rows]
+    texts, labels = zip(*found)
+    return list(texts), list(labels)
+
+
+def trec(split="train", folder=None):
+    """TREC: questions by what they ask for, 5,452 train and 500 test, in six classes (TREC_CLASSES).
+
+    Source: Li and Roth 2002.
+
+    Args:
+        split: "train" or "test".
+        folder: where the files are, trec/train.label.gz, or train_5500.label as published; None takes LLMFOUND_DATA.
+
+    Returns:
+        The questions, list of str; and their classes, list of int.
+
+    Raises:
+        ValueError: if a line is not "CLASS:fine question".
+    """
+    name = {"train": "train_5500.label", "test": "TREC_10.label"}[_known(split, "train", "test")]
+    path = _published(folder, name)
+    if path:
+        lines = path.read_text("latin-1").splitlines()
+    else:
+        lines = read_lines(fetch(f"trec/{split}.label.gz", folder))
+    texts, labels = [], []
+    for i, line in enumerate(lines, 1):
+        kind, _, text = line.partition(" ")
+        if kind.partition(":")[0] not in TREC_CLASSES:
+            raise ValueError(f"Line {i} of {split} is no question with a class, but {line[:40]!r}.")
+        labels.append(TREC_CLASSES.index(kind.partition(":")[0]))
+        texts.append(text)
+    return texts, labels
+
+
+def _known(split, *splits):
+    if split not in splits:
+        raise ValueError(f"split must be one of {', '.join(splits)}; got {split!r}.")
+    return split
+
+
+def _published(folder, name):
+    """The path of a file, or folder, of the authors, if it is there."""
+    folder = folder or os.environ.get("LLMFOUND_DATA")
+    if not folder:
+        return None
+    for path in (Path(folder) / name, *sorted(Path(folder).glob(f"*/{name}"))):
+        if path.exists():
+            return path
+    return None

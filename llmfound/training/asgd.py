@@ -1,0 +1,133 @@
+"""Averaged SGD, and the trigger that begins to average. Source: Merity, Keskar, Socher 2018, section 3."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from llmfound.training.unfreezing import optimizer_with
+
+
+@keras.saving.register_keras_serializable("llmfound")
+class ASGD(keras.optimizers.SGD):
+    """Stochastic gradient descent, and from some step on the mean of the weights that it passes through.
+
+    After step k >= T:  mean = 1 / (k - T + 1) sum_{i=T..k} w_i. Steps go on from w; `swap` puts the mean in its place,
+    and so does the end of `fit`.
+    Source: Polyak and Juditsky 1992; Merity, Keskar, Socher 2018, section 3.
+
+    Args:
+        learning_rate: float or schedule; 30 in the paper, for a mean loss per token clipped at norm 0.25.
+        average: whether to average from the first step on; else from a call of `start_averaging`.
+        **kwargs: of keras.optimizers.SGD.
+    """
+
+    def __init__(self, learning_rate=30.0, average=False, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+        self.average = average
+        self.averaging = self.add_variable((), "ones" if average else "zeros", name="averaging")
+        self.averaged_steps = self.add_variable((), "zeros", name="averaged_steps")
+        self.scale = self.add_variable((), "ones", name="scale")
+        self._swapped = False
+
+    @property
+    def averages(self):
+        """Whether the weights are averaged, and there is a step to average."""
+        return bool(ops.convert_to_numpy(self.averaging)) and bool(ops.convert_to_numpy(self.averaged_steps))
+
+    def start_averaging(self):
+        """Averages the weights from the next step on."""
+        self.averaging.assign(1.0)
+        self.averaged_steps.assign(0.0)
+
+    def swap(self):
+        """Exchanges weights and means; a second call exchanges them back. Nothing happens while nothing is averaged."""
+        if self.averages:
+            self._swapped = not self._swapped
+            for variable, mean in zip(self._trainable_variables, self._means):
+                weights = np.array(ops.convert_to_numpy(variable))  # a copy: PyTorch would give its own memory
+                variable.assign(mean)
+                mean.assign(weights)
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self._means = self.add_optimizer_variables(variables, "mean")
+
+    def apply(self, grads, trainable_variables=None):
+        self.averaged_steps.assign_add(self.averaging)
+        super().apply(grads, trainable_variables)
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient, variable, learning_rate * self.scale)
+        mean = self._means[self._get_variable_index(variable)]
+        share = 1 / ops.maximum(ops.convert_to_tensor(self.averaged_steps), 1)
+        difference = ops.multiply(ops.subtract(variable, mean), ops.cast(share, variable.dtype))
+        self.assign(mean, ops.add(mean, difference))
+
+    def finalize_variable_values(self, var_list):
+        super().finalize_variable_values(var_list)
+        if self.averaging._value is None:  # on JAX, after an error in a step, which is the one to be seen
+            return
+        if self.averages and not self._swapped:
+            for variable, mean in zip(self._trainable_variables, self._means):
+                variable.assign(np.array(ops.convert_to_numpy(mean)))  # JAX donates memory: the two must not share it
+
+    def get_config(self):
+        return {**super().get_config(), "average": self.average}
+
+
+class NonMonotonicTrigger(keras.callbacks.Callback):
+    """Begins to average once the validation loss has not got better for some epochs (NT-ASGD).
+
+    Fires after the first epoch whose loss is greater than the least of all before the last n. From then on validation
+    sees the mean of the weights. Source: Merity, Keskar, Socher 2018, section 3, algorithm 1, in the form of the
+    authors' code.
+
+    Args:
+        n: int, epochs that are not compared with; 5 in the paper.
+        monitor: str, the logged value.
+        stop: whether to end the training when it fires, in place of averaging: the paper's fine-tuning, which averages
+            from its first step on, ends so.
+        verbose: whether to print when it fires.
+
+    Attributes:
+        fired: int, the epoch, from 0, after which it did; None before.
+
+    Raises:
+        ValueError: if `n` is negative; in `fit`, if the optimizer is not ASGD, or `monitor` is not logged.
+    """
+
+    def __init__(self, n=5, monitor="val_loss", stop=False, verbose=True):
+        super().__init__()
+        if n < 0:
+            raise ValueError(f"n must not be negative; got {n}.")
+        self.n = n
+        self.monitor = monitor
+        self.stop = stop
+        self.verbose = verbose
+
+    def on_train_begin(self, logs=None):
+        self.fired = None
+        self.values = []
+        optimizer_with(self.model, "start_averaging", "NonMonotonicTrigger")
+
+    def on_test_begin(self, logs=None):
+        self.model.optimizer.swap()
+
+    def on_test_end(self, logs=None):
+        self.model.optimizer.swap()
+
+    def on_epoch_end(self, epoch, logs=None):
+        value = (logs or {}).get(self.monitor)
+        if value is None:
+            raise ValueError(f"{self.monitor!r} is not logged, but {sorted(logs or {})}; fit needs validation_data.")
+        if self.fired is None and value > min(self.values[: -self.n or None], default=float("inf")):
+            self.fired = epoch
+            if self.stop:
+                self.model.stop_training = True
+            else:
+                self.model.optimizer.start_averaging()
+            if self.verbose:
+                print(f"epoch {epoch + 1}: {'stops' if self.stop else 'averages the weights from here on'}", flush=True)
+        self.values.append(float(value))

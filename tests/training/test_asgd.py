@@ -1,0 +1,157 @@
+"""Averaged SGD, and when to begin to average."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from llmfound.data import LanguageModelBatches
+from llmfound.testing import assert_close
+from llmfound.training import ASGD, NonMonotonicTrigger, WindowRates
+
+
+def numpy(x):
+    return np.array(ops.convert_to_numpy(x))
+
+
+def walk(optimizer, targets):
+    """One variable that visits the targets."""
+    variable = keras.Variable(np.zeros(2, "float32"), name="w")
+    optimizer.build([variable])
+    for target in targets:
+        optimizer.apply([variable - target], [variable])
+    return variable
+
+
+def test_check_8_the_mean_of_the_iterates():
+    optimizer = ASGD(1.0, average=True)
+    variable = walk(optimizer, [1.0, 2.0, 3.0])
+    assert_close(variable, np.full(2, 3.0), 1e-6)
+    optimizer.swap()
+    assert_close(variable, np.full(2, 2.0), 1e-6)
+    optimizer.swap()
+    assert_close(variable, np.full(2, 3.0), 1e-6)
+    optimizer.finalize_variable_values([variable])
+    assert_close(variable, np.full(2, 2.0), 1e-6)
+
+
+def test_averaging_from_some_step_on():
+    optimizer = ASGD(1.0)
+    variable = walk(optimizer, [1.0, 2.0])
+    optimizer.swap()  # nothing to swap
+    optimizer.finalize_variable_values([variable])
+    assert_close(variable, np.full(2, 2.0), 0)
+    optimizer.start_averaging()
+    for target in (5.0, 7.0):
+        optimizer.apply([variable - target], [variable])
+    optimizer.swap()
+    assert_close(variable, np.full(2, 6.0), 1e-6)
+
+
+def fired(values, **options):
+    trigger = NonMonotonicTrigger(verbose=False, **options)
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    model.compile(ASGD(0.1), "mse")
+    trigger.set_model(model)
+    trigger.on_train_begin()
+    for epoch, value in enumerate(values):
+        trigger.on_epoch_end(epoch, {"val_loss": value})
+        if trigger.fired is not None:
+            return epoch
+    return None
+
+
+def test_check_8_the_trigger():
+    assert fired([5, 4, 3, 2, 1, 2, 2, 2, 2, 2, 2]) == 10
+    assert fired(np.linspace(9, 1, 50)) is None
+    assert fired([2, 1, 2], n=0) == 2
+
+
+def test_in_fit_validation_sees_the_mean():
+    x = np.random.default_rng(0).normal(size=(8, 1)).astype("float32")
+    y = 3 * x
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1, use_bias=False)])
+    model.compile(ASGD(0.3, average=True), "mse")
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(float(numpy(self.model.trainable_weights[0])[0, 0]))
+
+    history = model.fit(x, y, validation_data=(x, y), batch_size=4, epochs=3, shuffle=False, verbose=0,
+                        callbacks=[Look(), NonMonotonicTrigger(verbose=False)]).history  # fmt: skip
+    assert len(seen) == 6
+    for epoch in range(3):
+        mean = np.mean(seen[: 2 * epoch + 2])
+        assert_close(history["val_loss"][epoch], np.mean((mean * x - y) ** 2), 1e-4)
+    assert_close(model.get_weights()[0][0, 0], np.mean(seen), 1e-5)
+
+
+def test_the_trigger_begins_to_average_in_fit(capsys):
+    x = np.random.default_rng(0).normal(size=(8, 1)).astype("float32")
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    model.compile(ASGD(5.0), "mse")  # too large a rate: it diverges
+    trigger = NonMonotonicTrigger(n=1)
+    model.fit(x, x, validation_data=(x, x), epochs=4, verbose=0, callbacks=[trigger])
+    assert trigger.fired is not None
+    assert f"epoch {trigger.fired + 1}: averages the weights from here on" in capsys.readouterr().out
+    assert model.optimizer.averages
+    model.compile(ASGD(5.0, average=True), "mse")
+    history = model.fit(
+        x, x, validation_data=(x, x), epochs=9, verbose=0, callbacks=[NonMonotonicTrigger(1, stop=True)]
+    )
+    assert len(history.history["loss"]) < 9
+
+
+def test_the_state_is_saved(tmp_path):
+    x = np.random.default_rng(0).normal(size=(8, 1)).astype("float32")
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    model.compile(ASGD(0.1, average=True), "mse")
+    model.fit(x, x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    other = keras.saving.load_model(tmp_path / "model.keras")
+    for each in (model, other):
+        each.fit(x, x, verbose=0, shuffle=False)
+    assert_close(other.get_weights(), model.get_weights(), 1e-6)
+
+
+def test_check_7_a_window_learns_in_proportion_to_its_length():
+    ids = np.random.default_rng(0).integers(1, 9, 1000)
+    batches = LanguageModelBatches(ids, 2, 20)
+
+    class Mean(keras.Model):
+        """Loss 1 for each window, gradient 1."""
+
+        def __init__(self):
+            super().__init__()
+            self.w = self.add_weight((), "zeros", name="w")
+
+        def call(self, inputs):
+            return ops.zeros_like(ops.cast(inputs["token_ids"], "float32"))[:, 0] + self.w
+
+    model = Mean()
+    model.compile(ASGD(1.0), lambda y, p: p)
+    places, lengths = [0.0], batches.lengths
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            places.append(float(numpy(self.model.w)))
+
+    model.fit(batches, shuffle=False, verbose=0, callbacks=[WindowRates(batches), Look()])
+    assert_close(-np.diff(places), lengths / 20, 1e-5)
+    assert float(numpy(model.optimizer.scale)) == 1
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="n must not be negative"):
+        NonMonotonicTrigger(-1)
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    x = np.zeros((4, 1), "float32")
+    model.compile(ASGD(0.1), "mse")
+    with pytest.raises(ValueError, match=r"'val_loss' is not logged, but \['loss'\]; fit needs validation_data"):
+        model.fit(x, x, verbose=0, callbacks=[NonMonotonicTrigger()])
+    model.compile("adam", "mse")
+    with pytest.raises(ValueError, match="NonMonotonicTrigger needs ASGD; got Adam"):
+        model.fit(x, x, verbose=0, callbacks=[NonMonotonicTrigger()])
+    with pytest.raises(ValueError, match=r"WindowRates needs ASGD, or .*; got Adam"):
+        model.fit(x, x, verbose=0, callbacks=[WindowRates(None)])
