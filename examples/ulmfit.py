@@ -22,6 +22,7 @@ import llmfound
 from llmfound import data, models, training
 
 HERE = pathlib.Path(__file__).parent
+DROPOUTS = dict(input_dropout=0.4, hidden_dropout=0.3, output_dropout=0.4, embedding_dropout=0.05, weight_dropout=0.5)
 SMALL = dict(embedding_dim=200, hidden_dim=400)
 PAPER = dict(embedding_dim=400, hidden_dim=1150)
 BETAS = dict(beta_1=0.7, beta_2=0.99)  # Howard and Ruder 2018, section 4.1
@@ -53,6 +54,11 @@ def task_texts(name, folder):
     return found, WRITERS
 
 
+def language_model(vocab_size, options):
+    sizes = PAPER if options.paper else SMALL
+    return models.ULMFiT(vocab_size, **sizes, **{name: rate * options.dropout for name, rate in DROPOUTS.items()})
+
+
 def fit_language_model(model, texts, tokenizer, rate, epochs, options, groups=None, valid=()):
     """Stages 1 and 2: slanted triangular rates; with groups, discriminative ones."""
     batches = data.LanguageModelBatches(data.stream(texts, tokenizer), options.batch_size, seed=options.seed)
@@ -67,22 +73,27 @@ def fit_language_model(model, texts, tokenizer, rate, epochs, options, groups=No
     return history.history["val_perplexity"]
 
 
-def fit_classifier(classifier, texts, labels, tokenizer, options):
-    """Stage 3: discriminative and slanted triangular rates, and gradual unfreezing, inside one fit."""
+def fit_classifier(classifier, texts, labels, tokenizer, options, decay=2.6, slanted=True, gradual=True):
+    """Stage 3: discriminative and slanted triangular rates, and gradual unfreezing, inside one fit.
+
+    The last three arguments take one of them away: decay=1.0, or a list of a ratio for each group of layers.
+    """
     batches = data.ClassificationBatches(
         texts, labels, tokenizer, len(options.classes), options.class_batch_size, options.max_length, seed=options.seed
     )
     groups = classifier.layer_groups()
-    stages = training.unfreezing_stages(len(groups), options.epochs, len(batches))
-    rate = training.SlantedTriangular(options.rate, stages)
+    steps = options.epochs * len(batches)
+    if gradual:
+        steps = training.unfreezing_stages(len(groups), options.epochs, len(batches))
+    rate = training.SlantedTriangular(options.rate, steps) if slanted else options.rate
     classifier.compile(
-        training.DiscriminativeAdam(rate, groups, global_clipnorm=25.0, **BETAS),
+        training.DiscriminativeAdam(rate, groups, decay, global_clipnorm=25.0, **BETAS),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[training.ErrorRate()],
     )
     classifier.fit(
         batches, epochs=options.epochs, shuffle=False, verbose=0,
-        callbacks=[training.GradualUnfreezing(), training.Progress()],
+        callbacks=[*[training.GradualUnfreezing(options.epochs_per_group)] * gradual, training.Progress()],
     )  # fmt: skip
 
 
@@ -90,9 +101,8 @@ def main(options):
     keras.utils.set_random_seed(options.seed)
     print(f"{llmfound.kernels.fast_matmul()} matrix products")
     parts, options.classes = task_texts(options.task, options.data)
-    sizes = PAPER if options.paper else SMALL
     options.folder.mkdir(parents=True, exist_ok=True)
-    result = {"task": options.task, "sizes": sizes}
+    result = {"task": options.task}
 
     print("\nStage 1, a language model of general text")
     if pathlib.Path(options.general).is_dir():
@@ -102,7 +112,7 @@ def main(options):
         texts = general_texts(options.general, options.data)[: options.general_texts]
         general = data.WordTokenizer.train(texts, options.vocabulary)
         held_out = max(len(texts) // 50, 1)
-        lm = models.ULMFiT(general.vocab_size, **sizes)
+        lm = language_model(general.vocab_size, options)
         print(f"{lm.count_params():,} parameters, {general.vocab_size:,} words")
         result["general perplexity"] = fit_language_model(
             lm, texts[held_out:], general, options.general_rate, options.general_epochs, options, valid=texts[:held_out]
@@ -111,10 +121,11 @@ def main(options):
 
     print("\nStage 2, the language model of the task's texts")
     (texts, labels), held_out = parts["train"], parts["test"]
-    tokenizer = data.WordTokenizer.train([*texts, *parts["more"]], options.vocabulary)
+    every = [*texts, *parts["more"]][: options.task_texts]
+    tokenizer = data.WordTokenizer.train(every, options.vocabulary)
     lm = lm.with_vocabulary(general, tokenizer)
     result["task perplexity"] = fit_language_model(
-        lm, [*texts, *parts["more"]], tokenizer, 0.004, options.task_epochs, options, lm.layer_groups(), held_out[0]
+        lm, every, tokenizer, 0.004, options.task_epochs, options, lm.layer_groups(), held_out[0][: options.task_texts]
     )
     save(lm, tokenizer, options.folder / "task")
 
@@ -141,8 +152,8 @@ def save(model, tokenizer, folder):
     tokenizer.save(folder / "words.json")
 
 
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(description=__doc__):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=["writers", "trec", "imdb"], default="writers")
     parser.add_argument("--general", default="tatoeba", help="tatoeba, wikitext2, or a folder of an earlier stage 1")
     parser.add_argument("--data", help="folder of the public sets; else the environment variable LLMFOUND_DATA")
@@ -151,17 +162,20 @@ def arguments():
     parser.add_argument("--general-texts", type=int, help="use so many general texts only")
     parser.add_argument("--general-epochs", type=int, default=1)
     parser.add_argument("--general-rate", type=float, default=0.005)
+    parser.add_argument("--dropout", type=float, default=0.3, help="what the paper's dropouts are multiplied by")
+    parser.add_argument("--task-texts", type=int, help="use so many of the task's texts in stage 2; all by default")
     parser.add_argument("--task-epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=64, help="rows of the language models")
     parser.add_argument("--labels", type=int, help="texts of stage 3; all by default")
     parser.add_argument("--epochs", type=int, default=10, help="of stage 3")
+    parser.add_argument("--epochs-per-group", type=int, default=1, help="from one unfreezing to the next")
     parser.add_argument("--rate", type=float, default=0.01, help="greatest rate of the top layers in stage 3")
     parser.add_argument("--class-batch-size", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=400, help="words of a text that the classifier reads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/ulmfit"))
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":
-    main(arguments())
+    main(parser().parse_args())

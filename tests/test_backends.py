@@ -31,7 +31,8 @@ MASKED = {"x": X, "mask": MASK}
 TOKENS = dict(inputs={"source_ids": IDS, "target_ids": TARGET}, labels=np.roll(TARGET, -1, axis=1))
 # Norms over a batch need more rows: over three, their gradients are mostly rounding.
 ROWS = {"x": rng.normal(size=(16, 7, 8)).astype("float32"), "mask": np.arange(7) < rng.integers(2, 8, (16, 1))}
-TEXTS = dict(inputs={"token_ids": rng.integers(3, 11, (16, 7)).astype("int32") * ROWS["mask"]}, labels=np.arange(16) % 3)
+WORDS = rng.integers(3, 11, (16, 7)).astype("int32") * ROWS["mask"]
+TEXTS = dict(inputs={"token_ids": WORDS}, labels=np.arange(16) % 3)
 BLOCK = dict(inputs={"x": X, "memory": MEMORY, "mask": MASK}, mask="mask")
 
 

@@ -1,5 +1,6 @@
 """Overrides for TensorFlow."""
 
+import math
 import weakref
 
 import keras
@@ -8,9 +9,26 @@ import tensorflow as tf
 
 from llmfound.kernels import reference
 
-__all__ = ["token_cross_entropy", "adam_update", "compiled", "embed", "additive_scores", "recurrence", "gru", "lstm"]
+__all__ = [
+    "dropout", "token_cross_entropy", "adam_update", "compiled", "embed", "additive_scores", "recurrence", "gru", "lstm",
+]  # fmt: skip
 
 _programs = weakref.WeakKeyDictionary()  # model: {(function, static): its graph}
+
+
+def dropout(x, rate, seed):
+    """Masks from 16 random bits an element, of a named generator: the one that XLA takes by itself on a CPU needs a
+    microsecond for each element.
+
+    The rate is met to 1/65536; see `reference.dropout`.
+    """
+    shape = tf.shape(x) if None in x.shape else x.shape
+    size = tf.reduce_prod(shape) if None in x.shape else math.prod(shape)
+    key = tf.bitcast(tf.cast(seed.next(), "uint32"), "int32")
+    words = tf.random.stateless_uniform([(size + 3) // 4], key, None, None, "int64", alg="philox")
+    dropped = min(round(rate * 2**16), 2**16 - 1)
+    keep = tf.reshape(tf.reshape(tf.bitcast(words, "int16"), [-1])[:size], shape) >= dropped - 2**15
+    return tf.where(keep, x * tf.cast(2**16 / (2**16 - dropped), x.dtype), tf.zeros((), x.dtype))
 
 
 def token_cross_entropy(logits, labels, smoothing=0.0):

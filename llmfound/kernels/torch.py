@@ -379,7 +379,7 @@ def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False
         x = torch.cat([x, (~real)[..., None].to(x.dtype)], dim=-1)
         gate = torch.tensor([-_SHUT, _SHUT, 0, 0], dtype=kernel.dtype, device=kernel.device)
         kernel = torch.cat([kernel, gate.repeat_interleave(len(recurrent_kernel))[None]])
-    weights = [kernel.t(), recurrent_kernel.t()]
+    weights = [_Transposed.apply(kernel), _Transposed.apply(recurrent_kernel)]
     if bias is not None:
         weights += [bias, torch.zeros_like(bias)]
     states = [s.unsqueeze(0).contiguous() for s in state]
@@ -401,10 +401,14 @@ def _in_windows(x, state, kernel, recurrent_kernel, bias, mask, reverse, window)
 
 
 def _to_the_front(x, mask, reverse):
-    """x as it is read, every row's real positions in front; the mask as it is read; and where x is real now."""
+    """x as it is read, every row's real positions in front; the mask as it is read; and where x is real now.
+
+    A mask that hides nothing is None; this is seen on a CPU only, as a GPU would have to be waited for.
+    """
     if reverse:
         x, mask = x.flip(1), None if mask is None else mask.flip(1)
-    if mask is None:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if mask is None or (mask.device.type == "cpu" and not traced and bool(mask.all())):
         return x, None, None
     mask = mask.to(torch.bool)
     order = torch.argsort(~mask, dim=1, stable=True)
@@ -418,6 +422,18 @@ def _and_back(outputs, state, mask):
         return outputs
     outputs = torch.cat([state.to(outputs.dtype)[:, None], outputs], dim=1)
     return torch.take_along_dim(outputs, mask.cumsum(1)[..., None], 1)
+
+
+class _Transposed(torch.autograd.Function):
+    """x.t() in its own memory, which takes all threads; torch copies transposed matrices with one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.mul(x.t(), 1, out=x.new_empty(x.shape[::-1]))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Transposed.apply(gradient)
 
 
 _SHUT = 1e4  # far beyond where a float32 sigmoid is 0 or 1
