@@ -10,7 +10,8 @@ import tensorflow as tf
 from llmfound.kernels import reference
 
 __all__ = [
-    "dropout", "token_cross_entropy", "adam_update", "compiled", "embed", "additive_scores", "recurrence", "gru", "lstm",
+    "dropout", "token_cross_entropy", "adam_update", "compiled", "embed", "additive_scores", "recurrence", "gru",
+    "lstm",
 ]  # fmt: skip
 
 _programs = weakref.WeakKeyDictionary()  # model: {(function, static): its graph}
