@@ -54,6 +54,11 @@ class Layer(Configured, keras.layers.Layer):
         super().build_from_config(config["own"])
 
 
+def fresh(initializer):
+    """A copy of an initializer for a weight of its own: one instance gives every weight of a shape the same numbers."""
+    return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
+
+
 def lean(layer, x):
     """layer(x) without Keras's bookkeeping, 0.1 ms a call, for decoding loops; the full call where it is needed."""
     if layer.compute_dtype != layer.variable_dtype or layer.quantization_mode is not None:
@@ -85,6 +90,10 @@ class Model(Configured, keras.Model, metaclass=_BuiltAfterInit):
         """Names and shapes, without the batch axis, of the inputs: for instance {"token_ids": (None,)}."""
         raise NotImplementedError(f"{type(self).__name__} must define input_signature(), its inputs' names and shapes.")
 
+    def optional_inputs(self):
+        """Names and shapes of the inputs that may be left out; they may also hold bool."""
+        return {}
+
     def input_limits(self):
         """The number each input's ids must stay below, by name: for instance {"token_ids": vocab_size}."""
         return {}
@@ -94,13 +103,13 @@ class Model(Configured, keras.Model, metaclass=_BuiltAfterInit):
 
         The range is checked where the numbers are at hand: in NumPy arrays, not inside a compiled step.
         """
-        limits = self.input_limits()
-        for name, shape in self.input_signature().items():
+        limits, optional = self.input_limits(), self.optional_inputs()
+        for name, shape in {**self.input_signature(), **optional}.items():
             x = inputs.get(name)
             if x is None:
                 continue
             dtype = keras.backend.standardize_dtype(x.dtype) if hasattr(x, "dtype") else "object"
-            if "int" not in dtype:
+            if "int" not in dtype and not (dtype == "bool" and name in optional):
                 raise ValueError(f"{name} must hold integers; got {dtype}, shape {tuple(np.shape(x))}.")
             if len(x.shape) != 1 + len(shape):
                 raise ValueError(f"{name} must be of shape {('batch', *shape)}; got {tuple(x.shape)}.")
@@ -121,6 +130,11 @@ class Model(Configured, keras.Model, metaclass=_BuiltAfterInit):
             missing = self.input_signature().keys() - x.keys()
             if missing:
                 raise ValueError(f"{type(self).__name__} also needs {sorted(missing)}; got {sorted(x)}.")
+            known = {**self.input_signature(), **self.optional_inputs()}
+            if x.keys() - known.keys():
+                raise ValueError(
+                    f"{type(self).__name__} takes {', '.join(known)}; got {', '.join(sorted(x.keys() - known.keys()))}."
+                )
         return x
 
     def fit(self, x=None, *args, **kwargs):

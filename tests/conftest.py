@@ -1,11 +1,18 @@
 """What all tests share: one thread, a fixed seed, a clean Keras session, and no TensorFlow on the other backends."""
 
 import os
+import pathlib
 import sys
 
 for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
     os.environ.setdefault(name, "1")  # suites run side by side, and two threads on a shared core are slower than one
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Half of JAX's time here is XLA compiling what it compiled before, in this run or in an earlier one.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import keras  # noqa: E402  reads the environment
 import pytest  # noqa: E402

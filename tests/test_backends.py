@@ -153,6 +153,42 @@ def pre_ln_transformer():
     return llmfound.models.Transformer(11, 1, 8, 2, 16, norm="pre")
 
 
+def position_embedding():
+    return llmfound.layers.PositionEmbedding(16)
+
+
+def first_token_pooler():
+    return llmfound.layers.FirstTokenPooler(6)
+
+
+def bert_encoder():
+    return llmfound.models.BERTEncoder(11, 1, 8, 2, 16)
+
+
+def bert():
+    return llmfound.models.BERT(11, 1, 8, 2, 16, activation="gelu_tanh")
+
+
+def bert_pretraining():
+    return llmfound.models.BERTPretraining(bert())
+
+
+def bert_classifier():
+    return llmfound.models.BERTClassifier(bert(), 3)
+
+
+def bert_token_classifier():
+    return llmfound.models.BERTTokenClassifier(bert(), 3)
+
+
+def bert_question_answering():
+    return llmfound.models.BERTQuestionAnswering(bert())
+
+
+def bert_multiple_choice():
+    return llmfound.models.BERTMultipleChoice(bert())
+
+
 def batch_norm():
     return layers.BatchNormalization()
 
@@ -204,6 +240,17 @@ CASES = {
     "ULMFiT": dict(make=ulmfit, inputs={"token_ids": IDS}, labels=np.roll(IDS, -1, axis=1)),
     "ULMFiTClassifier": dict(make=classifier, **TEXTS),
     "Ensemble": dict(make=ensemble, **TEXTS),
+    "PositionEmbedding": dict(make=position_embedding, inputs=(X,)),
+    "FirstTokenPooler": dict(make=first_token_pooler, inputs=(X,)),
+    "BERTEncoder": dict(make=bert_encoder, inputs={"token_ids": IDS, "segment_ids": IDS % 2}),
+    "BERT": dict(make=bert, inputs={"token_ids": IDS, "segment_ids": IDS % 2}),
+    "BERTPretraining": dict(make=bert_pretraining, inputs={"token_ids": IDS, "masked_positions": IDS % 7}),
+    "BERTClassifier": dict(make=bert_classifier, **TEXTS),
+    "BERTTokenClassifier": dict(make=bert_token_classifier, inputs={"token_ids": IDS}, labels=IDS % 3),
+    "BERTQuestionAnswering": dict(make=bert_question_answering, inputs={"token_ids": IDS}, labels=IDS[:, :2] % 7),
+    "BERTMultipleChoice": dict(
+        make=bert_multiple_choice, inputs={"token_ids": np.stack([IDS, IDS[::-1]], axis=1)}, labels=IDS[:, 0] % 2
+    ),
     "Transformer": dict(make=transformer, **TOKENS),
     "Transformer, Pre-LN": dict(make=pre_ln_transformer, **TOKENS),
     "keras BatchNormalization": dict(make=batch_norm, inputs={"inputs": X, "mask": MASK}),

@@ -48,6 +48,20 @@ def test_ulmfit_runs_its_three_stages(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_ablation_of_ulmfit_goes_on_where_it_stopped(tmp_path):
+    options = ("--folder", str(tmp_path), "--general-texts", "500", "--vocabulary", "500", "--task-texts", "200",
+               "--task-epochs", "1", "--epochs", "2", "--few", "30", "--seeds", "2", "--rates", "0.01", "0.001",
+               "--held-out", "30", "--rows", "full", "freez + discr + stlr")  # fmt: skip
+    shown = run(keras.backend.backend(), "ulmfit_ablation.py", *options)
+    table = (tmp_path / "table.md").read_text()
+    assert shown.count("\nerror ") == 2 * (2 + 2) and shown.endswith(table + "\n" * (not shown.endswith(table)))
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| full", "| freez + discr + stlr"]
+    (tmp_path / "table.md").unlink()
+    again = run(keras.backend.backend(), "ulmfit_ablation.py", *options)
+    assert "error " not in again.replace("| error", "") and (tmp_path / "table.md").read_text() == table
+
+
+@pytest.mark.slow
 def test_rnnsearch_and_its_baseline_draw_the_papers_figures(tmp_path):
     pytest.importorskip("matplotlib")
     here = keras.backend.backend()

@@ -291,8 +291,9 @@ def test_tokenizer_and_text(tmp_path, trap):
     (tmp_path / "packed.gz").write_bytes(gzip.compress(pickled(trap)))
     (tmp_path / "object.json").write_text('{"py/object": "os.mkdir", "version": "1.0", "model": {"type": "Popen"}}')
     for name in ("tokenizer.json", "object.json"):
-        with pytest.raises(ValueError):
-            llmfound.data.Tokenizer.load(tmp_path / name)
+        for kind in (llmfound.data.Tokenizer, llmfound.data.WordTokenizer):
+            with pytest.raises(ValueError):
+                kind.load(tmp_path / name)
     for name in ("text.tsv", "text.gz", "text.xz", "packed.gz"):
         for read in (llmfound.data.read_lines, llmfound.data.read_pairs):
             with pytest.raises(ValueError, match=name):

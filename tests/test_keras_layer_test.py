@@ -103,6 +103,18 @@ CASES = {
         dict(shape=(2, 4, 8), dtype="float32", weights=0, seeds=0, masking=True),
         None,
     ),
+    "PositionEmbedding": (
+        dict(max_length=16),
+        dict(x=X),
+        dict(shape=(2, 4, 8), dtype="float32", weights=1, seeds=0, masking=True),
+        None,
+    ),
+    "FirstTokenPooler": (
+        dict(hidden_dim=6),
+        dict(x=X),
+        dict(shape=(2, 6), dtype="float32", weights=2, seeds=0, masking=True),
+        None,
+    ),
     "FeedForward": (
         dict(hidden_dim=6, intermediate_dim=16),
         dict(x=X),
@@ -137,13 +149,13 @@ CASES = {
     "PoolingClassifierHead": (
         dict(num_classes=3, hidden_dim=5),
         dict(x=X, mask=MASK),
-        dict(shape=(2, 3), dtype="float32", weights=8, moving=4, seeds=2, masking=False),
+        dict(shape=(2, 3), dtype="float32", weights=8, moving=4, seeds=2, masking=True),
         SEVERAL_INPUTS,
     ),
     "MaskedLMHead": (
         dict(vocab_size=11, hidden_dim=8),
         dict(x=X, masked_positions=POSITIONS, embeddings=EMBEDDINGS),
-        dict(shape=(2, 2, 11), dtype="float32", weights=5, seeds=0, masking=False),
+        dict(shape=(2, 2, 11), dtype="float32", weights=5, seeds=0, masking=True),
         SEVERAL_INPUTS,
     ),
 }

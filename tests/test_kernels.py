@@ -903,6 +903,19 @@ def test_lstm(mask, reverse, bias):
     assert_equals_numpy("lstm", definition, *values, call=call, value_tolerance=2e-6)
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_mask_that_hides_nothing_is_none(name, reverse):
+    gates = {"lstm": 4, "gru": 3}[name]
+    x, h, *weights = (random(*s, seed=i) for i, s in enumerate([(3, 4, 2), (3, 2), (2, gates * 2), (2, gates * 2)]))
+    x, h, *weights = map(ops.convert_to_tensor, (x, h, *weights))
+    state, call = (h, h) if name == "lstm" else h, getattr(kernels, name)
+    outputs, last = call(x, state, *weights, reverse=reverse)
+    again, masked_last = call(x, state, *weights, mask=ops.ones((3, 4), "bool"), reverse=reverse)
+    for found, expected in zip(keras.tree.flatten([again, masked_last]), keras.tree.flatten([outputs, last])):
+        assert_close(found, expected, 1e-6)
+
+
 @pytest.mark.parametrize("mask", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("window", [1, 3, 4, 9])

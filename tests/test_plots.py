@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from llmfound import plots
+from llmfound import plots, training
 
 
 @pytest.fixture(autouse=True)
@@ -328,3 +328,21 @@ def test_what_training_measures_can_be_drawn():
 def test_bad_bins(systems, message):
     with pytest.raises(ValueError, match=message):
         plots.bleu_by_length(systems)
+
+
+# learning_rates
+
+
+def test_the_rates_that_were_tried(tmp_path):
+    rates = [10.0**n for n in range(-5, 1)]
+    found = training.LearningRates(rates, [3.0, 2.9, 2.5, 1.5, 1.6, 9.0], [3.0, 2.9, 2.6, 1.8, 1.7, 4.0], 1e-2)
+    figure = plots.learning_rates(found, title="A search", path=tmp_path / "rates.png")
+    [lines] = curves(figure).values()
+    assert lines["each batch"] == [rates, found.losses] and lines["running mean"] == [rates, found.smooth]
+    assert lines["steepest: 0.01"][0] == [1e-2, 1e-2]
+    [axes] = figure.axes
+    low, high = axes.get_ylim()
+    assert axes.get_xscale() == "log" and low < 1.7 and 3.0 < high < 4.0  # where it diverges is cut off
+    assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no rate to draw"):
+        plots.learning_rates(training.LearningRates([], [], [], 0.1))

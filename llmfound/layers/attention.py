@@ -3,7 +3,7 @@
 from keras import layers, ops
 
 from llmfound import kernels
-from llmfound.base import Layer, lean
+from llmfound.base import Layer, fresh, lean
 from llmfound.layers.dropout import Dropout
 from llmfound.ops import attention_mask, masked_softmax
 
@@ -42,9 +42,12 @@ class AdditiveAttention(Layer):
         if units <= 0:
             raise ValueError(f"units must be positive; got {units}.")
         policy = dict(dtype=self.dtype_policy)
-        dense = dict(kernel_initializer=kernel_initializer, **policy)
-        self.query = layers.Dense(units, use_bias=False, name="query", **dense)
-        self.key = layers.Dense(units, use_bias=use_bias, name="key", **dense)
+        self.query = layers.Dense(
+            units, use_bias=False, kernel_initializer=fresh(kernel_initializer), name="query", **policy
+        )
+        self.key = layers.Dense(
+            units, use_bias=use_bias, kernel_initializer=fresh(kernel_initializer), name="key", **policy
+        )
         self.score = layers.Dense(1, use_bias=False, kernel_initializer=score_initializer, name="score", **policy)
         self.dropout = Dropout(dropout, name="dropout", **policy)
         self.supports_masking = True
@@ -120,11 +123,11 @@ class MultiHeadAttention(Layer):
         self.head_dim = head_dim or hidden_dim // num_heads
         self.causal = causal
         inner = self.num_heads * self.head_dim
-        dense = dict(use_bias=use_bias, kernel_initializer=kernel_initializer, dtype=self.dtype_policy)
-        self.query = layers.Dense(inner, name="query", **dense)
-        self.key = layers.Dense(inner, name="key", **dense)
-        self.value = layers.Dense(inner, name="value", **dense)
-        self.merge = layers.Dense(hidden_dim, name="output", **dense)
+        self.query, self.key, self.value, self.merge = (
+            layers.Dense(width, use_bias=use_bias, kernel_initializer=fresh(kernel_initializer), name=name,
+                         dtype=self.dtype_policy)
+            for name, width in (("query", inner), ("key", inner), ("value", inner), ("output", hidden_dim))
+        )  # fmt: skip
         self.dropout = Dropout(dropout, name="dropout", dtype=self.dtype_policy)
         self.supports_masking = True
 

@@ -1,6 +1,6 @@
 """Words and positions as vectors."""
 
-from keras import layers, ops
+from keras import initializers, layers, ops
 
 from llmfound import kernels
 from llmfound.base import Configured, Layer
@@ -18,6 +18,47 @@ class Embedding(Configured, layers.Embedding):
         if self.quantization_mode is not None:
             return super().call(inputs)
         return ops.cast(kernels.embed(self.embeddings, ops.cast(inputs, "int32")), self.compute_dtype)
+
+
+class PositionEmbedding(Layer):
+    """Adds a learned vector of its position to every vector.
+
+    y_t = x_t + P[t], t from 0.  Source: Gehring et al. 2017, section 3.1; Devlin et al. 2019, section 3.2.
+
+    Args:
+        max_length: Longest sequence it accepts.
+        embeddings_initializer: Of P (truncated normal 0.02 in BERT).
+
+    Call arguments:
+        x: float (batch, length, dim).
+
+    Returns:
+        float (batch, length, dim).
+
+    Raises:
+        ValueError: if `max_length` is not positive, or the sequence is longer.
+    """
+
+    def __init__(self, max_length, embeddings_initializer="uniform", **kwargs):
+        super().__init__(**kwargs)
+        if max_length <= 0:
+            raise ValueError(f"max_length must be positive; got {max_length}.")
+        self.max_length = max_length
+        self.initializer = initializers.get(embeddings_initializer)
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        self.embeddings = self.add_weight((self.max_length, input_shape[-1]), self.initializer, name="embeddings")
+
+    def call(self, x):
+        length, table = x.shape[1], ops.convert_to_tensor(self.embeddings)
+        check_length(length, self.max_length)
+        known = isinstance(length, int)  # not while a backend traces for any length
+        rows = table[:length] if known else ops.take(table, ops.arange(ops.shape(x)[1]), axis=0)
+        return x + ops.cast(rows, x.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
 
 
 class PositionalEncoding(Layer):
@@ -56,11 +97,7 @@ class PositionalEncoding(Layer):
         length, dim = x.shape[1:]
         known = isinstance(length, int)  # not while a backend traces for any length
         end = length + (start if isinstance(start, int) else 0) if known else 0
-        if end > self.max_length:
-            raise ValueError(
-                f"A sequence of {end} is longer than the position table ({self.max_length}); "
-                f"shorten it or build the layer or model with max_length={end}."
-            )
+        check_length(end, self.max_length)
         table = sinusoids(self.max_length, dim, self.layout)
         if start is None and known:
             return x + ops.cast(table[:length], x.dtype)
@@ -69,3 +106,12 @@ class PositionalEncoding(Layer):
 
     def compute_output_shape(self, input_shape, **kwargs):
         return input_shape
+
+
+def check_length(length, max_length):
+    """Raises ValueError if a sequence, whose length may be unknown, is longer than a table of positions."""
+    if isinstance(length, int) and length > max_length:
+        raise ValueError(
+            f"A sequence of {length} is longer than the position table ({max_length}); "
+            f"shorten it or build the layer or model with max_length={length}."
+        )

@@ -2,7 +2,7 @@
 
 from keras import layers, ops
 
-from llmfound.base import Layer, lean
+from llmfound.base import Layer, fresh, lean
 
 
 class FeedForward(Layer):
@@ -32,9 +32,13 @@ class FeedForward(Layer):
             raise ValueError(
                 f"hidden_dim and intermediate_dim must be positive; got {hidden_dim} and {intermediate_dim}."
             )
-        dense = dict(kernel_initializer=kernel_initializer, dtype=self.dtype_policy)
-        self.expand = layers.Dense(intermediate_dim, activation=activation, name="expand", **dense)
-        self.contract = layers.Dense(hidden_dim, name="contract", **dense)
+        policy = dict(dtype=self.dtype_policy)
+        self.expand = layers.Dense(
+            intermediate_dim, activation, kernel_initializer=fresh(kernel_initializer), name="expand", **policy
+        )
+        self.contract = layers.Dense(
+            hidden_dim, kernel_initializer=fresh(kernel_initializer), name="contract", **policy
+        )
         self.supports_masking = True
 
     def call(self, x):

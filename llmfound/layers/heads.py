@@ -10,7 +10,18 @@ from llmfound.layers.dropout import Dropout
 from llmfound.ops import concat_pool, gather_positions
 
 
-class MaskedLMHead(Layer):
+class Head(Layer):
+    """What stands on an encoder: it may use a mask, and its output has none."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def compute_mask(self, inputs, mask=None):
+        return None
+
+
+class MaskedLMHead(Head):
     """Predicts the tokens at the masked positions, with the embedding matrix as output weights.
 
     logits = LayerNorm(gelu(h_p W + b)) E^T + c for each masked position p
@@ -111,7 +122,7 @@ class LanguageModelHead(Layer):
         return kernels.dense(ops.cast(x, "float32"), ops.transpose(embeddings), self.bias)
 
 
-class PoolingClassifierHead(Layer):
+class PoolingClassifierHead(Head):
     """Classifies a sequence by its last state, and the greatest and the mean value of each feature (concat pooling).
 
     p = [h_T; max_t h_t; mean_t h_t];  hidden = relu(W1 dropped(norm(p)) + b1)
@@ -157,3 +168,29 @@ class PoolingClassifierHead(Layer):
         x = self.hidden(self.dropout(x, training=training))
         x = self.hidden_norm(x, training=training)
         return self.output_classes(self.hidden_dropout(x, training=training))
+
+
+class FirstTokenPooler(Head):
+    """The vector of a whole text, made of that of its first token, [CLS].
+
+    p = tanh(h_1 W + b).  Source: Devlin et al. 2019, the authors' code; the paper calls h_1 itself C.
+
+    Args:
+        hidden_dim: Width of p.
+        kernel_initializer: Of W (truncated normal 0.02 in the authors' code).
+
+    Call arguments:
+        x: float (batch, length, dim).
+
+    Returns:
+        float (batch, hidden_dim).
+    """
+
+    def __init__(self, hidden_dim, kernel_initializer="glorot_uniform", **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(
+            hidden_dim, "tanh", kernel_initializer=kernel_initializer, name="dense", dtype=self.dtype_policy
+        )
+
+    def call(self, x):
+        return self.dense(x[:, 0])

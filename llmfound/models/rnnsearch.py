@@ -76,9 +76,10 @@ class RNNsearch(Model):
         self.ordering = ordering
         self.pad_id = pad_id
         policy = dict(dtype=self.dtype_policy)
-        embed = dict(output_dim=embedding_dim, embeddings_initializer=normal(0.01), **policy)
-        self.source_embedding = Embedding(source_vocab_size, name="source_embedding", **embed)
-        self.target_embedding = Embedding(target_vocab_size, name="target_embedding", **embed)
+        self.source_embedding, self.target_embedding = (
+            Embedding(size, embedding_dim, normal(0.01), name=f"{side}_embedding", **policy)
+            for side, size in (("source", source_vocab_size), ("target", target_vocab_size))
+        )
         self.make_encoder(hidden_dim, use_bias)
         self.make_decoder(hidden_dim, attention_dim, use_bias)
         self.make_readout(maxout_dim, embedding_dim, use_bias)

@@ -105,6 +105,9 @@ class ULMFiT(Model):
     def input_signature(self):
         return {"token_ids": (None,)}
 
+    def optional_inputs(self):
+        return {"continues": ()}
+
     def input_limits(self):
         return {"token_ids": self.vocab_size}
 

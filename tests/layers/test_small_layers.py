@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from keras import ops
 
-from llmfound.layers import Dropout, Embedding, FeedForward, MaskedLMHead, PositionalEncoding
+from llmfound.layers import (
+    Dropout,
+    Embedding,
+    FeedForward,
+    FirstTokenPooler,
+    MaskedLMHead,
+    MultiHeadSelfAttention,
+    PositionalEncoding,
+    PositionEmbedding,
+)
 from llmfound.ops import sinusoids
 from llmfound.testing import assert_close, check_layer, fixture
 
@@ -130,6 +139,56 @@ def test_bad_arguments_of_positional_encoding(arguments, message):
 def test_bad_inputs_of_positional_encoding(x, start, message):
     with pytest.raises(ValueError, match=message):
         PositionalEncoding(3)(x, start=start)
+
+
+def test_position_embedding_is_a_table_cut_to_the_length():
+    layer = PositionEmbedding(7, keras.initializers.TruncatedNormal(stddev=0.02))
+    found = layer(X)
+    table = ops.convert_to_numpy(layer.embeddings)
+    assert table.shape == (7, 8) and 0 < np.abs(table).max() < 0.06
+    assert_close(found, X + table[:4], 1e-7)
+    assert_close(layer(X[:, :2]), X[:, :2] + table[:2], 1e-7)
+
+
+def test_check_position_embedding():
+    check_layer(lambda: PositionEmbedding(16), (X,), expected_shape=X.shape)
+
+
+def test_bad_arguments_of_position_embedding():
+    with pytest.raises(ValueError, match="max_length must be positive; got 0"):
+        PositionEmbedding(0)
+    with pytest.raises(ValueError, match=r"A sequence of 4 is longer than the position table \(3\); .* max_length=4"):
+        PositionEmbedding(3)(X)
+
+
+# The vector of a text
+
+
+def test_first_token_pooler():
+    layer = FirstTokenPooler(5)
+    found = layer(X)
+    expected = np.tanh(X[:, 0] @ ops.convert_to_numpy(layer.dense.kernel) + ops.convert_to_numpy(layer.dense.bias))
+    assert_close(found, expected, 1e-6)
+
+
+def test_check_first_token_pooler():
+    check_layer(lambda: FirstTokenPooler(5), {"x": X}, expected_shape=(2, 5))
+
+
+# Initializers
+
+
+@pytest.mark.parametrize("make, names", [
+    (lambda given: MultiHeadSelfAttention(8, 2, kernel_initializer=given), ["query", "key", "value", "merge"]),
+    (lambda given: FeedForward(8, 8, kernel_initializer=given), ["expand", "contract"]),
+], ids=["attention", "feed-forward"])  # fmt: skip
+def test_weights_of_one_initializer_differ(make, names):
+    layer = make(keras.initializers.TruncatedNormal(stddev=0.02))
+    layer(X)
+    kernels = [ops.convert_to_numpy(getattr(layer, name).kernel) for name in names]
+    for i, one in enumerate(kernels):
+        assert one.std() == pytest.approx(0.0176, rel=0.3)
+        assert all((one != other).mean() > 0.9 for other in kernels[:i])
 
 
 # The feed-forward network

@@ -390,6 +390,33 @@ def test_dropout_keeps_the_expectation(seed, rate, shape, dtype):
     np.testing.assert_array_equal(numpy(layer(np.full(shape, 3.0, "float32"))), np.full(shape, 3.0))
 
 
+@given(seeds, st.sampled_from([0.1, 0.5, 0.9]), st.sampled_from(["float32", "bfloat16"]))
+def test_variational_dropout_drops_features_of_a_row_at_all_its_positions(seed, rate, dtype):
+    layer = layers.VariationalDropout(rate, seed=seed % 2**31, dtype=dtype)
+    x = normal(seed, 8, 5, 512) + 10  # none of them is 0
+    found = numpy(layer(x, training=True))
+    scale = found / numpy(ops.cast(x, dtype))
+    kept = scale[:, :1] != 0
+    assert_close(scale, np.broadcast_to(kept / (1 - rate), x.shape), 1e-5 if dtype == "float32" else 0.02)
+    assert abs(kept.sum() - 4096 * (1 - rate)) <= 6 * (4096 * rate * (1 - rate)) ** 0.5
+    assert (kept[0] != kept[1]).any()
+    np.testing.assert_array_equal(numpy(layer(x)), numpy(ops.cast(x, dtype)))
+
+
+@given(seeds, st.sampled_from([0.1, 0.5, 0.9]), st.sampled_from(["float32", "bfloat16"]))
+def test_embedding_dropout_drops_a_word_wherever_it_stands(seed, rate, dtype):
+    layer = layers.EmbeddingDropout(4096, rate, seed=seed % 2**31, dtype=dtype)
+    ids = np.random.default_rng(seed).permutation(4096).reshape(2, 2048).astype("int32")
+    ids = np.concatenate([ids, ids[::-1]], axis=1)  # every word once in either row
+    found = numpy(layer(np.ones((2, 4096, 2), "float32"), ids, training=True))
+    of_word = np.zeros(4096, "float32")
+    of_word[ids] = found[..., 0]
+    np.testing.assert_array_equal(found, np.stack([of_word[ids]] * 2, axis=-1))
+    kept = (of_word != 0).sum()
+    assert abs(kept - 4096 * (1 - rate)) <= 6 * (4096 * rate * (1 - rate)) ** 0.5
+    assert_close(of_word[of_word != 0], np.full(kept, 1 / (1 - rate)), 1e-4 if dtype == "float32" else 0.01)
+
+
 # Dtypes
 
 

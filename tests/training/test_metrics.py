@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from keras import ops
 
-from llmfound.training import Perplexity, SmoothedCrossEntropy, TokenAccuracy, bleu, bleu_by_length
+from llmfound.training import (
+    ErrorRate,
+    Perplexity,
+    SmoothedCrossEntropy,
+    TokenAccuracy,
+    bleu,
+    bleu_by_length,
+    mean_interval,
+)  # fmt: skip
 
 
 def log_likelihoods(labels, logits):
@@ -118,6 +126,48 @@ def test_metric_survives_serialization(metric):
     copy = keras.metrics.deserialize(keras.metrics.serialize(metric))
     assert type(copy) is type(metric) and copy.get_config() == metric.get_config()
     assert copy.pad_id == metric.pad_id
+
+
+def test_error_rate_over_unequal_batches_is_that_of_the_whole():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(7, 3)).astype("float32"), rng.integers(0, 3, 7)
+    metric = ErrorRate()
+    for part in (slice(0, 5), slice(5, 7)):
+        metric.update_state(labels[part], logits[part])
+    assert result(metric) == pytest.approx((logits.argmax(-1) != labels).mean(), abs=1e-6)
+    metric.reset_state()
+    metric.update_state([1], [[0.0, 2.0, 1.0]])
+    assert result(metric) == 0
+
+
+def test_error_rate_is_better_when_it_is_lower():
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(5.0), loss, metrics=[ErrorRate()])
+    best = keras.callbacks.EarlyStopping("val_error_rate", patience=1, restore_best_weights=True)
+    x, y = np.ones((4, 1)), np.zeros(4)
+    history = model.fit(x, y, validation_data=(x, y), epochs=3, verbose=0, callbacks=[best]).history
+    assert history["val_error_rate"][-1] == 0 and best.best == 0
+
+
+@pytest.mark.parametrize("values, confidence, half", [  # of a printed table of Student's distribution
+    ([1.0, 3.0], 0.95, 12.706), ([1.0, 2.0, 3.0], 0.95, 4.3027 / 3**0.5), ([1.0, 2.0, 3.0], 0.9, 2.9200 / 3**0.5),
+    ([0.0] * 15 + [1.0] * 16, 0.99, 2.7500 * 0.508001 / 31**0.5),
+])  # fmt: skip
+def test_mean_interval(values, confidence, half):
+    mean, low, high = mean_interval(values, confidence)
+    assert mean == pytest.approx(np.mean(values))
+    assert (mean - low, high - mean) == pytest.approx((half, half), rel=1e-4)
+
+
+def test_mean_interval_of_one_run_and_of_none():
+    mean, low, high = mean_interval(iter([2]))
+    assert mean == 2 and np.isnan([low, high]).all()
+    for values in ([], [1, np.nan], [[1, 2]]):
+        with pytest.raises(ValueError, match="values must be finite numbers, at least one; got"):
+            mean_interval(values)
+    with pytest.raises(ValueError, match="confidence must be between 0 and 1; got 95"):
+        mean_interval([1, 2], 95)
 
 
 def test_wrong_labels_are_named():
