@@ -1,8 +1,10 @@
 """Text, tokenizers and batches, the same for every backend."""
 
 from llmfound.data.batching import TranslationBatches, WindowedBatches, pad
+from llmfound.data.finetuning import ChoiceBatches, SentenceBatches, TaggingBatches
 from llmfound.data.sets import IMDB_CLASSES, TREC_CLASSES, imdb, trec, wikitext2
 from llmfound.data.streams import ClassificationBatches, LanguageModelBatches, stream, write_stream
+from llmfound.data.tasks import RTE_CLASSES, cola, mrpc, read_conll, read_labelled, rte, sst2, stsb, wnut17
 from llmfound.data.text import fetch, multi30k, read_lines, read_pairs, read_parallel, tatoeba
 from llmfound.data.tokenizers import Tokenizer
 from llmfound.data.words import WordTokenizer, words

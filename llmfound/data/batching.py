@@ -1,6 +1,7 @@
 """Batches of a few fixed shapes, in an order that is a function of seed and epoch alone."""
 
 import itertools
+import sys
 import warnings
 from collections import namedtuple
 
@@ -68,6 +69,78 @@ class Passes(keras.utils.PyDataset):
         """
         if self._asked is not None and self._asked.all():
             self.epoch += 1
+
+
+class _LikeLengths(Passes):
+    """Examples in batches of like length, rounded up: all but what a batch holds.
+
+    A subclass has `__getitem__`, for which `_take(index)` is (length, int (at most batch_size,) members).
+
+    On TensorFlow, Keras takes a length that the first two batches share for a fixed one. So they only do if all batches
+    of all epochs do. When shuffled, the second batch is exchanged for another; and where too few examples are shorter
+    than the rest for a batch of them in every epoch, all batches are equally long. In order, the second is padded one
+    length_multiple further, or, if it already has the greatest length, all are.
+
+    Args:
+        lengths: int (examples,), or (examples, rows of each).
+        limit: int, what no length is rounded up above.
+    """
+
+    _WINDOW = 50  # batches that are sorted together
+
+    def __init__(self, lengths, batch_size, length_multiple, limit, shuffle, seed):
+        super().__init__()
+        _check_integers(1, batch_size=batch_size, length_multiple=length_multiple)
+        _check_integers(0, seed=seed)
+        self.batch_size, self.length_multiple, self.shuffle, self.seed = batch_size, length_multiple, shuffle, seed
+        self._limit, self._cells = limit or sys.maxsize, lengths.reshape(len(lengths), -1)
+        longest = self._cells.max(axis=1)
+        self._rounded = np.minimum(-(-longest // length_multiple) * length_multiple, self._limit)
+        self.epoch = 0
+
+    def _order(self, epoch):
+        examples, size, together = np.arange(len(self._rounded)), self.batch_size, self.batch_size * self._WINDOW
+        if self.shuffle:
+            generator = np.random.default_rng([self.seed, epoch])
+            window = examples // together
+            examples = generator.permutation(examples)
+            examples = examples[np.lexsort([self._rounded[examples], window])]
+        members = [examples[i : i + size] for i in range(0, len(examples), size)]
+        lengths = [int(self._rounded[chosen].max()) for chosen in members]
+        if self.shuffle:
+            order = generator.permutation(len(members)).tolist()
+            members, lengths = [members[i] for i in order], [lengths[i] for i in order]
+            shorter = np.count_nonzero(self._rounded < self._rounded.max())
+            if shorter <= -(-len(examples) // together) * (size - 1):
+                lengths = [int(self._rounded.max())] * len(lengths)
+        batches = list(zip(lengths, members))
+        other = next((i for i, length in enumerate(lengths) if length != lengths[0]), 0)
+        if other <= 1:
+            return batches
+        if self.shuffle:
+            batches[1], batches[other] = batches[other], batches[1]
+        elif lengths[0] < self._limit:
+            batches[1] = min(lengths[0] + self.length_multiple, self._limit), members[1]
+        else:
+            batches = [(self._limit, chosen) for chosen in members]
+        return batches
+
+    @property
+    def lengths(self):
+        """list of int, those of the batches of the current pass, each once."""
+        return sorted({length for length, _ in self._batches})
+
+    @property
+    def padding(self):
+        """float, the share of cells that hold padding in the current pass."""
+        cells = sum(length * len(members) for length, members in self._batches) * self._cells.shape[1]
+        return 1 - int(self._cells.sum()) / cells
+
+    def __str__(self):
+        return (
+            f"{len(self._cells):,} examples, {len(self):,} batches of {', '.join(map(str, self.lengths))} tokens, "
+            f"{self.padding:.1%} padding"
+        )
 
 
 class _Batches(Passes):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmfound.data.batching import Passes, _check_integers, _flattened, _padded
+from llmfound.data.batching import Passes, _check_integers, _flattened, _LikeLengths, _padded
 
 _CHUNK = 1000  # texts encoded at a time
 _SHORT = 0.05  # of the windows have half the length
@@ -190,7 +190,7 @@ class LanguageModelBatches(Passes):
         )
 
 
-class ClassificationBatches(Passes):
+class ClassificationBatches(_LikeLengths):
     """Texts and their classes as batches of texts of like length, filled up on the right.
 
     Shuffled at the start of each epoch, sorted by length within windows of 50 batches, and these batches in random
@@ -203,12 +203,15 @@ class ClassificationBatches(Passes):
         num_classes: int; None takes the greatest label + 1.
         batch_size: int, rows; the last batch may have fewer.
         max_length: int, words that are kept of a text, its last ones; None keeps all.
-        length_multiple: int, batches are as long as their longest text, rounded up to a multiple of it.
+        length_multiple: int, batches are as long as their longest text, rounded up to a multiple of it, but not above
+            max_length.
         shuffle: whether the order changes from epoch to epoch. False keeps the order of the texts, for `predict`.
         seed: int, not negative.
 
     Attributes:
         num_classes: int.
+        lengths: list of int, those of the batches of the current pass.
+        padding: float, the share of cells that hold padding in the current pass.
         epoch: int, the number of the current pass, from 0; set it to resume.
 
     Raises:
@@ -216,13 +219,9 @@ class ClassificationBatches(Passes):
             label is no integer from 0 to num_classes - 1.
     """
 
-    _WINDOW = 50  # batches that are sorted together
-
     def __init__(self, texts, labels, tokenizer, num_classes=None, batch_size=64, max_length=None, length_multiple=16,
                  shuffle=True, seed=0):  # fmt: skip
-        super().__init__()
-        _check_integers(1, batch_size=batch_size, length_multiple=length_multiple, max_length=max_length or 1)
-        _check_integers(0, seed=seed)
+        _check_integers(1, max_length=max_length or 1)
         texts = list(texts)
         if not texts:
             raise ValueError("There are no texts.")
@@ -235,36 +234,13 @@ class ClassificationBatches(Passes):
         if labels is not None:
             self.labels, self.num_classes = _checked_labels(labels, len(texts), num_classes)
         self.pad_id = tokenizer.pad_id
-        self.batch_size = batch_size
-        self.length_multiple = length_multiple
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
-
-    def _order(self, epoch):
-        lengths = self._rows.lengths
-        places, size = np.arange(len(lengths)), self.batch_size
-        if not self.shuffle:
-            return [places[i : i + size] for i in range(0, len(places), size)]
-        generator = np.random.default_rng([self.seed, epoch])
-        places = generator.permutation(places)
-        window = np.arange(len(places)) // (size * self._WINDOW)
-        places = places[np.lexsort([lengths[places], window])]
-        batches = [places[i : i + size] for i in range(0, len(places), size)]
-        return [batches[i] for i in generator.permutation(len(batches))]
+        super().__init__(self._rows.lengths, batch_size, length_multiple, max_length, shuffle, seed)
 
     def __getitem__(self, index):
         """Batch `index` of the current epoch: {"token_ids": int32 (rows, length)}, and the labels, int32 (rows,)."""
-        members = self._take(index)
-        length = self._length(index)
-        if index == 1 and length == self._length(0) and len(members) == len(self._batches[0]):
-            length += self.length_multiple  # see LanguageModelBatches: else TensorFlow would take it for a fixed one
+        length, members = self._take(index)
         x = {"token_ids": _padded(self._rows.at(members), len(members), length, self.pad_id)}
         return x if self.labels is None else (x, self.labels[members])
-
-    def _length(self, index):
-        longest = int(self._rows.lengths[self._batches[index]].max())
-        return -(-longest // self.length_multiple) * self.length_multiple
 
 
 def _checked_labels(labels, count, num_classes):

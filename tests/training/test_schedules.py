@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from llmfound.testing import assert_close
-from llmfound.training import InverseSquareRoot, LinearWarmupDecay, SlantedTriangular, unfreezing_stages
+from llmfound.training import BERTSchedule, InverseSquareRoot, LinearWarmupDecay, SlantedTriangular, unfreezing_stages
 
 
 def rate(schedule, s):
@@ -63,7 +63,15 @@ def test_no_warmup_starts_at_the_peak(warmup_steps):
     assert rate(schedule, 1_000_000) == 0 == rate(schedule, 2_000_000)
 
 
+def test_check_4_berts_schedule():
+    schedule = BERTSchedule(1e-4, warmup_steps=10_000, steps=1_000_000)
+    expected = {0: 0, 1: 1e-8, 5000: 5e-5, 9999: 9.999e-5, 10_000: 9.9e-5, 500_000: 5e-5, 10**6: 0, 2 * 10**6: 0}
+    np.testing.assert_allclose([rate(schedule, s + 1) for s in expected], list(expected.values()), rtol=1e-5)
+    assert rate(BERTSchedule(1e-4, 0, 10), 1) == pytest.approx(1e-4)
+
+
 SCHEDULES = [
+    BERTSchedule(0.1, 3, 8),
     InverseSquareRoot(64, 3, 0.5),
     InverseSquareRoot.from_peak(0.1, 3),
     LinearWarmupDecay(0.1, 3, 8, 0.01),
