@@ -397,7 +397,7 @@ def test_variational_dropout_drops_features_of_a_row_at_all_its_positions(seed, 
     found = numpy(layer(x, training=True))
     scale = found / numpy(ops.cast(x, dtype))
     kept = scale[:, :1] != 0
-    assert_close(scale, np.broadcast_to(kept / (1 - rate), x.shape), 1e-5 if dtype == "float32" else 0.02)
+    assert_close(scale, np.broadcast_to(kept / (1 - rate), x.shape), 1e-4 if dtype == "float32" else 0.02)
     assert abs(kept.sum() - 4096 * (1 - rate)) <= 6 * (4096 * rate * (1 - rate)) ** 0.5
     assert (kept[0] != kept[1]).any()
     np.testing.assert_array_equal(numpy(layer(x)), numpy(ops.cast(x, dtype)))
