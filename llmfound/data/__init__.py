@@ -7,4 +7,5 @@ from llmfound.data.streams import ClassificationBatches, LanguageModelBatches, s
 from llmfound.data.tasks import RTE_CLASSES, cola, mrpc, read_conll, read_labelled, rte, sst2, stsb, wnut17
 from llmfound.data.text import fetch, multi30k, read_lines, read_pairs, read_parallel, tatoeba
 from llmfound.data.tokenizers import Tokenizer
+from llmfound.data.wordpiece import WordPiece
 from llmfound.data.words import WordTokenizer, words
