@@ -31,8 +31,9 @@ BELOW = {
     "models": {"kernels", "ops", "base", "layers", "models"},
     **{
         part: {"kernels", "ops", "base", part}
-        for part in ("convert", "data", "decoding", "plots", "testing", "training")
+        for part in ("data", "decoding", "plots", "testing", "training")
     },
+    "convert": {"kernels", "ops", "base", "models", "convert"},
 }
 COMPOSED_LAYERS = {"blocks", "awd_lstm", "heads"}  # the files of layers/ that the others there may not import
 

@@ -1,0 +1,308 @@
+"""BERT from and to Hugging Face's files: the same numbers as its own library, every tensor accounted for."""
+
+import json
+import warnings
+
+import ml_dtypes
+import numpy as np
+import pytest
+from keras import ops
+from safetensors.numpy import load_file, save_file
+
+from llmfound import models
+from llmfound.convert import from_huggingface, to_huggingface
+from llmfound.data import WordPiece
+from llmfound.testing import assert_close
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "##c"]
+SIZES = dict(vocab_size=40, num_layers=2, hidden_dim=16, num_heads=2, intermediate_dim=32, max_length=24)
+SHAPES = [
+    dict(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12),
+    dict(vocab_size=41, hidden_size=12, num_hidden_layers=3, num_attention_heads=3, intermediate_size=20,
+         max_position_embeddings=33, type_vocab_size=3, hidden_act="gelu_new", layer_norm_eps=1e-5),
+]  # fmt: skip
+TOKENS = np.array([[2, 5, 7, 9, 3, 11, 13, 3], [2, 21, 4, 3, 0, 0, 0, 0]], "int32")
+SEGMENTS = np.array([[0, 0, 0, 0, 0, 1, 1, 1], [0] * 8], "int32")
+MASKED = np.tile(np.arange(8, dtype="int32"), (2, 1))
+HEADS = {
+    "BertModel": models.BERT, "BertForPreTraining": models.BERTPretraining, "BertForMaskedLM": models.BERTPretraining,
+    "BertForSequenceClassification": models.BERTClassifier, "BertForTokenClassification": models.BERTTokenClassifier,
+    "BertForQuestionAnswering": models.BERTQuestionAnswering, "BertForMultipleChoice": models.BERTMultipleChoice,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*weights were read")
+        yield
+
+
+def small(kind=models.BERT, *arguments, **options):
+    bert = models.BERT(**SIZES, **options)
+    return bert if kind is models.BERT else kind(bert, *arguments)
+
+
+def outputs(model):
+    """Every output of ours, in order of its name; and where it is not padding."""
+    inputs = {"token_ids": TOKENS, "segment_ids": SEGMENTS}
+    if isinstance(model, models.BERTPretraining):
+        inputs["masked_positions"] = MASKED
+    if isinstance(model, models.BERTMultipleChoice):
+        inputs = {name: np.stack([x, x[::-1]], axis=1) for name, x in inputs.items()}
+    found = model.predict_on_batch(inputs)
+    return [found[name] for name in sorted(found)] if isinstance(found, dict) else [found]
+
+
+def of_transformers(name, model):
+    """The same of a model of transformers: list of arrays."""
+    torch = pytest.importorskip("torch")
+    ids, segments = torch.from_numpy(TOKENS).long(), torch.from_numpy(SEGMENTS).long()
+    if name == "BertForMultipleChoice":
+        ids, segments = (torch.stack([x, x.flip(0)], dim=1) for x in (ids, segments))
+    with torch.no_grad():
+        found = model.eval()(ids, attention_mask=ids != 0, token_type_ids=segments)
+    if name == "BertModel":
+        return [found.pooler_output.numpy(), found.last_hidden_state.numpy()]
+    if name == "BertForPreTraining":
+        return [found.prediction_logits.numpy(), found.seq_relationship_logits.numpy()]
+    if name == "BertForQuestionAnswering":
+        return [np.stack([found.start_logits.numpy(), found.end_logits.numpy()], axis=1)]
+    return [found.logits.numpy()]
+
+
+def theirs(name, shape, **more):
+    """A model of transformers with random weights, biases and norms included."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    config = transformers.BertConfig(**shape, **more)
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def assert_equal(found, expected):
+    for ours, other in zip(found, expected, strict=True):
+        real = TOKENS != 0
+        if ours.shape[:2] == TOKENS.shape:
+            ours, other = ours[real], other[real]
+        assert_close(ours, other, 1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["one layer", "three layers"])
+@pytest.mark.parametrize("name", HEADS)
+def test_parity_with_transformers_in_both_directions(name, shape, tmp_path):
+    more = dict(num_labels=3) if "Classification" in name else {}
+    model = theirs(name, shape, **more)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = from_huggingface(tmp_path / "theirs")
+    assert type(ours) is HEADS[name] and not ours.conversion.new and not ours.conversion.left
+    assert len(ours.conversion.copied) == len(ours.weights)
+    expected = of_transformers(name, model)
+    assert_equal(outputs(ours), expected)
+    to_huggingface(ours, tmp_path / "ours")
+    again, told = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(told.values()), told
+    assert_equal(of_transformers(name, again), expected)
+    assert again.config.num_labels == model.config.num_labels
+    assert again.config.hidden_act == shape.get("hidden_act", "gelu")
+
+
+@pytest.mark.parametrize("kind, arguments", [
+    (models.BERT, ()), (models.BERTPretraining, ()), (models.BERTPretraining, (False,)), (models.BERTClassifier, (3,)),
+    (models.BERTClassifier, (1,)), (models.BERTTokenClassifier, (5,)), (models.BERTQuestionAnswering, ()),
+    (models.BERTMultipleChoice, ()),
+])  # fmt: skip
+def test_there_and_back_is_the_same(kind, arguments, tmp_path):
+    model = small(kind, *arguments, activation="gelu_tanh", epsilon=1e-6, dropout=0.2)
+    to_huggingface(model, tmp_path, WordPiece.from_vocabulary(VOCABULARY))
+    again = from_huggingface(tmp_path)
+    assert type(again) is kind and [w.shape for w in again.weights] == [w.shape for w in model.weights]
+    assert_close(again.get_weights(), model.get_weights(), 0)
+    assert_close(outputs(again), outputs(model), 0)
+    assert again.encoder.get_config()["epsilon"] == 1e-6 and again.encoder.dropout.rate == 0.2
+    assert WordPiece.load(tmp_path).vocabulary == VOCABULARY
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_labels_are_written(tmp_path):
+    to_huggingface(small(models.BERTClassifier, 2), tmp_path, id2label={0: "bad", 1: "good"}, finetuning_task="sst2")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good"} and config["label2id"] == {"bad": 0, "good": 1}
+    assert config["finetuning_task"] == "sst2" and config["architectures"] == ["BertForSequenceClassification"]
+    to_huggingface(small(models.BERTClassifier, 1), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == "regression"
+
+
+# Files as they are found
+
+
+def rewrite(folder, edit=lambda tensors: tensors, **config):
+    """Other tensors, and other entries of config.json, None for none."""
+    tensors = edit(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = json.loads((folder / "config.json").read_text()) | config
+    found = {name: value for name, value in found.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(found))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of BERT with the heads of pre-training."""
+    to_huggingface(small(models.BERTPretraining), tmp_path)
+    return tmp_path
+
+
+def test_old_names_and_copies(folder):
+    expected = outputs(from_huggingface(folder))
+
+    def old(tensors):
+        tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].copy()
+        tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"].copy()
+        tensors["bert.embeddings.position_ids"] = np.arange(24)[None]
+        return {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x
+                for name, x in tensors.items()}  # fmt: skip
+
+    rewrite(folder, old, architectures=["BertForMaskedLM"])  # as that of bert-base-uncased, which has all heads
+    assert_close(outputs(from_huggingface(folder)), expected, 0)
+    rewrite(folder, lambda t: t | {"cls.predictions.decoder.weight": t["cls.predictions.decoder.weight"] + 1})
+    with pytest.raises(ValueError, match=r"decoder.weight and embeddings.word_embeddings.weight differ; .* one weight"):
+        from_huggingface(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float64"])
+def test_other_dtypes(folder, dtype):
+    before = from_huggingface(folder).get_weights()
+    rewrite(folder, lambda tensors: {name: x.astype(dtype) for name, x in tensors.items()})
+    model = from_huggingface(folder)
+    assert {w.dtype for w in model.weights} == {"float32"}
+    assert_close(model.get_weights(), before, 1e-7 if dtype == "float64" else 1e-2)
+
+
+def test_a_policy_of_its_own(folder):
+    model = from_huggingface(folder, dtype="mixed_bfloat16")
+    assert model.encoder.compute_dtype == "bfloat16" and model.encoder.embeddings.dtype == "float32"
+
+
+def test_weights_in_parts(folder):
+    before, tensors = from_huggingface(folder).get_weights(), load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {f"model-0000{i}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
+    for part, some in parts.items():
+        save_file({name: tensors[name] for name in some}, folder / part)
+    index = {"weight_map": {name: part for part, some in parts.items() for name in some}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_close(from_huggingface(folder).get_weights(), before, 0)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002.safetensors does not exist; the folder has"):
+        from_huggingface(folder)
+
+
+def test_another_kind_leaves_heads_out_and_tells(folder):
+    with pytest.warns(UserWarning, match=r"left out of the checkpoint: .*cls.seq_relationship.weight \(2, 16\)"):
+        bert = from_huggingface(folder, models.BERT)
+    assert type(bert) is models.BERT and len(bert.conversion.left) == 7 and not bert.conversion.new
+    with pytest.warns(UserWarning, match=r"new, not in the checkpoint: classes/bias, classes/kernel; left out"):
+        classifier = from_huggingface(folder, models.BERTClassifier, num_classes=4)
+    assert classifier.classes.units == 4 and classifier.conversion.new == ["classes/bias", "classes/kernel"]
+    assert "pooler/dense/kernel" in classifier.conversion.copied
+    kernel = ops.convert_to_numpy(classifier.classes.kernel)
+    assert kernel.std() > 0.005  # as it was initialised
+    with pytest.raises(ValueError, match="no classifier; give num_classes for a new BERTClassifier"):
+        from_huggingface(folder, models.BERTClassifier)
+
+
+def test_an_encoder_without_a_pooler(tmp_path):
+    to_huggingface(small(models.BERTQuestionAnswering), tmp_path)
+    with pytest.warns(UserWarning, match="new, not in the checkpoint: pooler/dense/bias, pooler/dense/kernel"):
+        assert from_huggingface(tmp_path, models.BERT).conversion.left == ["qa_outputs.bias (2,)",
+                                                                           "qa_outputs.weight (2, 16)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda t: t.pop("bert.encoder.layer.1.output.dense.bias"),
+     r"encoder.layer.1.output.dense.bias is missing, for bert_?\d*/encoder/block_1/feedforward/contract/bias \(16,\)"),
+    (lambda t: t.update(extra=np.zeros(3, "float32")), r"extra \(3,\) is not used"),
+    (lambda t: t.update({"bert.encoder.layer.2.output.dense.bias": np.zeros(3, "float32")}),
+     r"encoder.layer.2.output.dense.bias \(3,\) is not used"),
+    (lambda t: t.update({"cls.predictions.bias": np.zeros(41, "float32")}),
+     r"masked_lm/bias is \(40,\), which cls.predictions.bias \(41,\) does not fit"),
+    (lambda t: t.update({"bert.embeddings.word_embeddings.weight": np.zeros((39, 16), "float32")}),
+     r"token_embedding/embeddings is \(40, 16\), which embeddings.word_embeddings.weight \(39, 16\) does not fit"),
+])  # fmt: skip
+def test_tensors_that_do_not_fit(folder, edit, message):
+    def edited(tensors):
+        edit(tensors)
+        return tensors
+
+    rewrite(folder, edited)
+    with pytest.raises(ValueError, match=message):
+        from_huggingface(folder)
+
+
+@pytest.mark.parametrize("config, message", [
+    (dict(model_type="roberta"), "is of a 'roberta' model, not 'bert'"),
+    (dict(model_type=None), "is of a None model"),
+    (dict(hidden_size=None, vocab_size=None), "lacks vocab_size, hidden_size"),
+    (dict(hidden_act="mish"), "hidden_act must be one of gelu, .*; got 'mish'"),
+    (dict(position_embedding_type="relative_key"), "position_embedding_type='relative_key'"),
+    (dict(is_decoder=True, add_cross_attention=True), "no cross-attention can be had; got .*add_cross_attention=True"),
+    (dict(vocab_size=41), r"token_embedding/embeddings is \(41, 16\), which .* \(40, 16\) does not fit"),
+])  # fmt: skip
+def test_configs_that_cannot_be(folder, config, message):
+    rewrite(folder, **config)
+    with pytest.raises(ValueError, match=message):
+        from_huggingface(folder)
+
+
+def test_files_that_are_missing_or_damaged(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    for content in (whole[:-5], whole[:100], b"", b"not one"):
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"model.safetensors is damaged, or no safetensors file: "):
+            from_huggingface(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"does not exist; the folder has config.json. Of a pytorch_model.bin"):
+        from_huggingface(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        from_huggingface(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json holds no JSON object, but \[\]"):
+        from_huggingface(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config.json does not exist; the folder has nothing"):
+        from_huggingface(folder)
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        from_huggingface(folder / "none")
+
+
+def test_a_classifier_of_unknown_kind(tmp_path):
+    to_huggingface(small(models.BERTClassifier, 2), tmp_path)
+    rewrite(tmp_path, architectures=None)
+    with pytest.raises(ValueError, match="architectures do not tell of what: None; give kind=BERTClassifier, BERTTok"):
+        from_huggingface(tmp_path)
+    assert from_huggingface(tmp_path, models.BERTClassifier).classes.units == 2
+
+
+def test_what_cannot_be_written(tmp_path):
+    with pytest.raises(ValueError, match="Transformer is none of BERT, BERTPretraining"):
+        to_huggingface(models.Transformer(11, 1, 8, 2, 16), tmp_path)
+    with pytest.raises(ValueError, match="The activation 'selu' has no name there"):
+        to_huggingface(small(activation="selu"), tmp_path)
+    large = WordPiece.from_vocabulary([*VOCABULARY, *(f"w{i}" for i in range(40))])
+    with pytest.raises(ValueError, match="The tokenizer has 48 pieces, and the model 40"):
+        to_huggingface(small(), tmp_path, large)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_subclass_is_written_as_what_it_is(tmp_path):
+    class Mine(models.BERTClassifier):
+        pass
+
+    to_huggingface(Mine(small(), 2), tmp_path)
+    assert type(from_huggingface(tmp_path)) is models.BERTClassifier
+    assert type(from_huggingface(tmp_path, Mine)) is Mine
