@@ -29,10 +29,7 @@ BELOW = {
     "random": {"kernels"},
     "layers": {"kernels", "ops", "base", "layers"},
     "models": {"kernels", "ops", "base", "layers", "models"},
-    **{
-        part: {"kernels", "ops", "base", part}
-        for part in ("data", "decoding", "plots", "testing", "training")
-    },
+    **{part: {"kernels", "ops", "base", part} for part in ("data", "decoding", "plots", "testing", "training")},
     "convert": {"kernels", "ops", "base", "models", "convert"},
 }
 COMPOSED_LAYERS = {"blocks", "awd_lstm", "heads"}  # the files of layers/ that the others there may not import

@@ -3,6 +3,7 @@
 from llmfound.data.batching import TranslationBatches, WindowedBatches, pad
 from llmfound.data.finetuning import ChoiceBatches, SentenceBatches, TaggingBatches
 from llmfound.data.sets import IMDB_CLASSES, TREC_CLASSES, imdb, trec, wikitext2
+from llmfound.data.squad import Question, QuestionAnsweringBatches, read_squad
 from llmfound.data.streams import ClassificationBatches, LanguageModelBatches, stream, write_stream
 from llmfound.data.tasks import RTE_CLASSES, cola, mrpc, read_conll, read_labelled, rte, sst2, stsb, wnut17
 from llmfound.data.text import fetch, multi30k, read_lines, read_pairs, read_parallel, tatoeba

@@ -16,4 +16,13 @@ from llmfound.training.schedules import (
     SlantedTriangular,
     unfreezing_stages,
 )
+from llmfound.training.scores import (
+    accuracy,
+    entity_scores,
+    f1,
+    matthews_correlation,
+    pearson,
+    spearman,
+    squad_scores,
+)
 from llmfound.training.unfreezing import GradualUnfreezing, WindowRates
