@@ -2,6 +2,15 @@
 
 from llmfound.data.batching import TranslationBatches, WindowedBatches, pad
 from llmfound.data.finetuning import ChoiceBatches, SentenceBatches, TaggingBatches
+from llmfound.data.pretraining import (
+    Documents,
+    PretrainingBatches,
+    left_to_right,
+    masked_lm,
+    read_documents,
+    split_sentences,
+    write_documents,
+)
 from llmfound.data.sets import IMDB_CLASSES, TREC_CLASSES, imdb, trec, wikitext2
 from llmfound.data.squad import Question, QuestionAnsweringBatches, read_squad
 from llmfound.data.streams import ClassificationBatches, LanguageModelBatches, stream, write_stream
