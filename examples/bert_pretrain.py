@@ -61,7 +61,11 @@ def main(options):
     texts = documents(options)
     held_out = texts[:: max(len(texts) // 20, 2)]
     texts = [text for i, text in enumerate(texts) if i % max(len(texts) // 20, 2)]
-    tokenizer = data.WordPiece.train([sentence for text in texts for sentence in text], options.vocabulary)
+    if (options.folder / "tokenizer.json").exists():
+        tokenizer = data.WordPiece.load(options.folder)
+    else:
+        tokenizer = data.WordPiece.train([sentence for text in texts for sentence in text], options.vocabulary)
+        tokenizer.save_folder(options.folder)
     common = dict(batch_size=options.batch_size, max_length=options.max_length, objective=options.objective,
                   whole_word=options.whole_word, next_sentence=not options.no_next_sentence)  # fmt: skip
     batches = data.PretrainingBatches(texts, tokenizer, **common, seed=options.seed)

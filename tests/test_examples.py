@@ -62,6 +62,28 @@ def test_the_ablation_of_ulmfit_goes_on_where_it_stopped(tmp_path):
 
 
 @pytest.mark.slow
+def test_bert_is_pretrained_and_fine_tuned_and_transformers_reads_both(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    here, made = keras.backend.backend(), tmp_path / "made"
+    sizes = "--vocabulary", "1000", "--layers", "1", "--hidden-dim", "64", "--max-length", "32", "--epochs", "2"
+    shown = run(here, "bert_pretrain.py", "--folder", str(made), *sizes)
+    assert "held-out documents: " in shown and "next_sentence_accuracy" in shown and shown.count(": ") > 10
+    again = run(here, "bert_pretrain.py", "--folder", str(made), *sizes)
+    assert "2 epochs and 0 batches are done, none is left" in again
+    model = transformers.BertForPreTraining.from_pretrained(made)
+    assert model.config.num_hidden_layers == 1
+    (tmp_path / "SST-2").mkdir()
+    rows = [f"a {word} film\t{label}" for word, label in (("good", 1), ("bad", 0)) for _ in range(32)]
+    for part in ("train", "dev"):
+        (tmp_path / "SST-2" / f"{part}.tsv").write_text("\n".join(["sentence\tlabel", *rows]), "utf-8")
+    options = "--data", str(tmp_path), "--epochs", "4", "--rate", "0.003", "--folder", str(tmp_path / "tuned")
+    shown = run(here, "bert_finetune.py", str(made), "--task", "sst2", *options)
+    assert "accuracy 1" in shown
+    found = transformers.pipeline("text-classification", str(tmp_path / "tuned"))(["a good film", "a bad film"])
+    assert [row["label"] for row in found] == ["LABEL_1", "LABEL_0"]
+
+
+@pytest.mark.slow
 def test_rnnsearch_and_its_baseline_draw_the_papers_figures(tmp_path):
     pytest.importorskip("matplotlib")
     here = keras.backend.backend()

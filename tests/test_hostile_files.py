@@ -291,13 +291,40 @@ def test_tokenizer_and_text(tmp_path, trap):
     (tmp_path / "packed.gz").write_bytes(gzip.compress(pickled(trap)))
     (tmp_path / "object.json").write_text('{"py/object": "os.mkdir", "version": "1.0", "model": {"type": "Popen"}}')
     for name in ("tokenizer.json", "object.json"):
-        for kind in (llmfound.data.Tokenizer, llmfound.data.WordTokenizer):
+        for kind in (llmfound.data.Tokenizer, llmfound.data.WordTokenizer, llmfound.data.WordPiece):
             with pytest.raises(ValueError):
                 kind.load(tmp_path / name)
     for name in ("text.tsv", "text.gz", "text.xz", "packed.gz"):
         for read in (llmfound.data.read_lines, llmfound.data.read_pairs):
             with pytest.raises(ValueError, match=name):
                 read(tmp_path / name)
+
+
+def test_checkpoints_of_other_libraries(tmp_path, trap):
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(pickled(trap))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        llmfound.convert.from_huggingface(tmp_path)
+    with pytest.raises(ValueError):
+        llmfound.data.WordPiece.load(tmp_path)
+    sizes = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **sizes}))
+    with pytest.raises(ValueError, match="is damaged, or no safetensors file"):
+        llmfound.convert.from_huggingface(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    outside = {"weight_map": {"a": "../model.safetensors", "b": "/etc/hosts"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(outside))
+    with pytest.raises(FileNotFoundError):
+        llmfound.convert.from_huggingface(tmp_path)
+
+
+def test_mapped_documents_and_questions(tmp_path, trap):
+    np.save(tmp_path / "ids.npy", np.array([Payload(trap)], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError):
+        llmfound.data.Documents.open(tmp_path)
+    (tmp_path / "dev.json").write_bytes(pickled(trap))
+    with pytest.raises(ValueError, match="is no file of SQuAD"):
+        llmfound.data.read_squad(tmp_path / "dev.json")
 
 
 def test_download_that_was_exchanged(tmp_path, trap):

@@ -204,6 +204,7 @@ class PretrainingBatches(Passes):
     [SEP], filled up on the right. Source: Devlin et al. 2019, appendix A.2; the authors' code.
 
     Rows are a function of (seed, epoch, row) alone, the same on every backend, and a row is made when it is asked for.
+    Every pass has as many as the first: what drawing gives more is left out, what it lacks is drawn again.
 
     Args:
         documents: Documents, or an iterable of iterables of str, the sentences.
@@ -264,16 +265,19 @@ class PretrainingBatches(Passes):
         if max_predictions is None:
             max_predictions = max_length - 1 if objective != "masked" else int(np.ceil(mask_rate * max_length))
         self.max_predictions = max_predictions
+        self._count = 0  # rows, once they are known
         self.epoch = 0
 
     def _order(self, epoch):
         """Lists of rows, int (at most batch_size,)."""
         self._drawn = 0 if self.masking == "static" else epoch
         generator = np.random.default_rng([self.seed, self._drawn])
-        found = [_pairs(self.documents, self._room, self.next_sentence, self.short_rate, generator)
-                 for _ in range(self.copies)]  # fmt: skip
-        self._pairs = np.concatenate(found)
-        order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self._pairs))
+        found = []
+        while len(found) < self.copies or sum(map(len, found)) < self._count:
+            found.append(_pairs(self.documents, self._room, self.next_sentence, self.short_rate, generator))
+        self._pairs = generator.permutation(np.concatenate(found))[: self._count or None]
+        self._count = len(self._pairs)
+        order = np.random.default_rng([self.seed, epoch, 1]).permutation(self._count)
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
     @property

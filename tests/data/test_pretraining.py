@@ -264,6 +264,9 @@ def test_epochs_are_a_function_of_seed_and_epoch():
     one, other = batches(), batches()
     first = everything(one)
     assert everything(other) == first
+    for epoch in range(1, 9):
+        one.epoch = epoch
+        assert one.pairs == other.pairs and len(one) == len(other)
     one.epoch = 3
     third = everything(one)
     assert third != first
