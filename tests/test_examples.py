@@ -76,7 +76,7 @@ def test_bert_is_pretrained_and_fine_tuned_and_transformers_reads_both(tmp_path)
     rows = [f"a {word} film\t{label}" for word, label in (("good", 1), ("bad", 0)) for _ in range(32)]
     for part in ("train", "dev"):
         (tmp_path / "SST-2" / f"{part}.tsv").write_text("\n".join(["sentence\tlabel", *rows]), "utf-8")
-    options = "--data", str(tmp_path), "--epochs", "4", "--rate", "0.003", "--folder", str(tmp_path / "tuned")
+    options = "--data", str(tmp_path), "--epochs", "40", "--rate", "0.003", "--folder", str(tmp_path / "tuned")
     shown = run(here, "bert_finetune.py", str(made), "--task", "sst2", *options)
     assert "accuracy 1" in shown
     found = transformers.pipeline("text-classification", str(tmp_path / "tuned"))(["a good film", "a bad film"])
