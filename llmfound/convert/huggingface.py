@@ -147,7 +147,7 @@ def to_huggingface(model, folder, tokenizer=None, **config):
     save_file(tensors, folder / "model.safetensors.part", {"format": "pt"})
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
     if tokenizer is not None:
-        tokenizer.save_folder(folder)
+        tokenizer.save_folder(folder, max_length=model.encoder.max_length)
     (folder / "config.json.part").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
     os.replace(folder / "config.json.part", folder / "config.json")
 

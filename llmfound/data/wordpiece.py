@@ -1,6 +1,8 @@
 """WordPiece as BERT's authors wrote it, on the `tokenizers` library."""
 
+import collections
 import functools
+import itertools
 import json
 import sys
 import unicodedata
@@ -9,25 +11,31 @@ from pathlib import Path
 import numpy as np
 
 from llmfound.data.text import read_lines
-from llmfound.data.tokenizers import Tokenizer
+from llmfound.data.tokenizers import Tokenizer, _is_text, _shortened
 
 PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of every WordPiece trained here
 _FILES = "tokenizer.json", "vocab.txt"
-_SETTINGS = {"lowercase": "do_lower_case", "strip_accents": "strip_accents", "split_chinese": "tokenize_chinese_chars"}
-_LONGEST = 200  # characters of a word; a longer one is [UNK]
+_CONFIG = "tokenizer_config.json"
+_NAMES = {"lowercase": "do_lower_case", "strip_accents": "strip_accents", "split_chinese": "tokenize_chinese_chars"}
+_CHINESE = "".join(f"\\x{{{first:X}}}-\\x{{{last:X}}}" for first, last in (
+    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)))  # fmt: skip
 
 
 class WordPiece(Tokenizer):
     """BERT's tokenizer: words and punctuation apart, each cut into the longest pieces that the vocabulary has.
 
     Control characters are dropped, Chinese characters stand alone, and if `lowercase`, case and accents are dropped. A
-    word is cut from the left, pieces after the first begin with "##", and a word that cannot be cut whole is [UNK]. The
-    Unicode tables are Python's, as in the authors' code; of all assigned characters, four (U+166D, U+1734, U+111C9,
-    U+11938) are treated as the tables of the `tokenizers` library have them. A capital sigma that ends a word becomes
-    a final one, but not behind an accent. Source: Devlin et al. 2019, section 3; Schuster and Nakajima 2012, section 3;
-    the authors' code.
+    word is cut from the left, pieces after the first begin with "##", and a word that cannot be cut whole is [UNK]. A
+    "[MASK]" that is written in a text is cut like other text. Source: Devlin et al. 2019, section 3; Schuster and
+    Nakajima 2012, section 3; the authors' code.
 
-    This takes twice the time of the library's own BertNormalizer, which `load` leaves in a tokenizer.json that has it.
+    What `from_vocabulary`, `train`, and `load` of a vocab.txt make does as the authors' code on this Python, but for
+    the newest characters: those that Python does not know yet are lower-cased as the `tokenizers` library has them, and
+    those that its decomposition does not know (U+11938 of Unicode 13) stay whole. A tokenizer.json of someone else does
+    what it says. The usual one is further from the authors': it drops private characters, has older tables of accents,
+    punctuation and control characters, no final sigma, misses 256 Chinese characters (U+2B820 to U+2B91F), and makes
+    words of more than 100 characters [UNK].
 
     Args:
         json_text: str, the content of a tokenizer.json with a WordPiece model.
@@ -40,55 +48,54 @@ class WordPiece(Tokenizer):
         ValueError: if the text is no such file, or the vocabulary lacks one of [PAD], [UNK], [CLS], [SEP], [MASK].
     """
 
-    def __init__(self, json_text, pad=None, start=None, end=None, unk=None):
-        super().__init__(json_text, pad, start, end, unk)
-        kind = json.loads(json_text)["model"].get("type", "WordPiece")
+    def __init__(self, json_text):
+        super().__init__(json_text)
+        kind = type(self._tokenizer.model).__name__
         if kind != "WordPiece":
             raise ValueError(f"This tokenizer.json has a {kind} model, not WordPiece; Tokenizer.load reads it.")
         ids = {piece: self._tokenizer.token_to_id(piece) for piece in PIECES}
-        missing = [piece for piece, i in ids.items() if i is None]
-        if missing:
-            raise ValueError(f"The vocabulary of {self.vocab_size} pieces lacks {', '.join(missing)}.")
+        _check_complete([piece for piece, i in ids.items() if i is not None], self.vocab_size)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids.values()
         self.start_id, self.end_id = self.cls_id, self.sep_id
         self._special_ids = set(ids.values())
 
     @functools.cached_property
     def continues(self):
-        return np.array([piece.startswith("##") for piece in self.vocabulary])
+        prefix = self._tokenizer.model.continuing_subword_prefix
+        return np.array([piece.startswith(prefix) for piece in self.vocabulary])
 
     @classmethod
-    def from_vocabulary(cls, pieces, lowercase=True, strip_accents=None, split_chinese=True):
+    def from_vocabulary(
+        cls, pieces, lowercase=True, strip_accents=None, split_chinese=True, max_input_chars_per_word=200
+    ):
         """A tokenizer from the pieces by their ids.
 
         Args:
-            pieces: sequence of str.
+            pieces: iterable of str.
             lowercase: whether case is dropped; it must be what the vocabulary was made with.
             strip_accents: whether accents are dropped; None does as `lowercase` says.
             split_chinese: whether Chinese characters stand alone.
+            max_input_chars_per_word: int, a longer word is [UNK]; 200 in the authors' code, 100 in `transformers`.
 
         Raises:
-            ValueError: if a piece is empty or there twice, or one of the special ones is missing.
+            ValueError: if a piece is no str, empty, holds a line break, or is there twice, or one of the special ones
+                is missing.
         """
         from tokenizers import Tokenizer as Fast
-        from tokenizers import decoders, models
+        from tokenizers import decoders, models, processors
 
-        vocabulary = {piece: i for i, piece in enumerate(pieces)}
-        if "" in vocabulary or len(vocabulary) < len(pieces):
-            i = next(i for i, piece in enumerate(pieces) if not piece or vocabulary[piece] != i)
-            raise ValueError(f"Piece {i}, {pieces[i]!r}, is {'there twice' if pieces[i] else 'empty'}.")
-        missing = [piece for piece in PIECES if piece not in vocabulary]
-        if missing:
-            raise ValueError(f"The vocabulary of {len(pieces)} pieces lacks {', '.join(missing)}.")
-        fast = Fast(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=_LONGEST))
+        ids = _vocabulary(pieces)
+        fast = Fast(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=max_input_chars_per_word))
         fast.normalizer, fast.pre_tokenizer = _stages(lowercase, strip_accents, split_chinese)
+        ends = (("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+        fast.post_processor = processors.BertProcessing(*ends)  # for other readers of the file
         fast.decoder = decoders.WordPiece(cleanup=False)
         fast.add_special_tokens(list(PIECES))
         return cls(fast.to_str(pretty=True))
 
     @classmethod
     def train(cls, texts, vocab_size, lowercase=True, min_frequency=2):
-        """Learns a vocabulary from texts.
+        """Learns a vocabulary from texts, the same one every time.
 
         Args:
             texts: iterable of str.
@@ -97,9 +104,8 @@ class WordPiece(Tokenizer):
             min_frequency: int, how often a pair of pieces must occur to be merged.
 
         Returns:
-            A WordPiece with [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4 and the other pieces in alphabetical order of
-            first the characters, then the merged ones, by when they were merged. The library breaks ties among pairs
-            by chance, so keep the file.
+            A WordPiece with [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, then the characters, those that go on with a
+            word, and the merged pieces, the most frequent pair first.
 
         Raises:
             ValueError: if there is no text, or `vocab_size` is too small for the characters of the texts.
@@ -107,88 +113,114 @@ class WordPiece(Tokenizer):
         from tokenizers import Tokenizer as Fast
         from tokenizers import models, trainers
 
-        if isinstance(texts, str):
-            raise ValueError(f"texts must be an iterable of str; got one str, {texts[:40]!r}.")
-        fast = Fast(models.WordPiece(unk_token="[UNK]"))
-        fast.normalizer, fast.pre_tokenizer = _stages(lowercase, None, True)
-        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, min_frequency=min_frequency, show_progress=False,
-                                            special_tokens=list(PIECES))  # fmt: skip
-        fast.train_from_iterator(texts, trainer)
-        ids = fast.get_vocab()
-        if len(ids) <= len(PIECES):
-            raise ValueError("There is no text to train on.")
-        if len(ids) > vocab_size:
-            raise ValueError(f"vocab_size ({vocab_size}) is too small: characters alone are {len(ids)} pieces.")
-        return cls.from_vocabulary(sorted(ids, key=ids.get), lowercase)
+        texts = texts if isinstance(texts, str) else list(texts)
+        if isinstance(texts, str) or not any(texts) or not all(map(_is_text, texts)):
+            raise ValueError(f"texts must be an iterable of str, not all of them empty; got {_shortened(texts)}.")
+
+        def learned(size, special):
+            fast = Fast(models.WordPiece(unk_token="[UNK]"))
+            fast.normalizer, fast.pre_tokenizer = _stages(lowercase, None, True)
+            trainer = trainers.WordPieceTrainer(
+                vocab_size=size, min_frequency=min_frequency, special_tokens=special, show_progress=False
+            )
+            fast.train_from_iterator(texts, trainer)
+            ids = fast.get_vocab()
+            return sorted(ids, key=ids.get)
+
+        # The library decides between pairs of one frequency by their ids, and gives ids to "##" characters by chance.
+        characters = sorted(learned(0, []), key=lambda piece: (len(piece), piece))
+        if not characters:
+            raise ValueError(f"There is nothing to learn from: {len(texts)} texts of spaces and control characters.")
+        if len(PIECES) + len(characters) > vocab_size:
+            raise ValueError(
+                f"vocab_size ({vocab_size}) is too small for {len(PIECES)} special pieces and {len(characters)} "
+                "characters."
+            )
+        return cls.from_vocabulary(learned(vocab_size, [*PIECES, *characters]), lowercase)
 
     @classmethod
-    def load(cls, path, lowercase=None, strip_accents=None, split_chinese=None):
+    def load(cls, path, lowercase=None, strip_accents=None, split_chinese=None, max_input_chars_per_word=None):
         """Reads a vocab.txt, a tokenizer.json, or a checkpoint's folder that has one of them.
 
-        Of a folder's two, tokenizer.json wins. A vocab.txt does not say what was done about case: the
-        tokenizer_config.json beside it does, or you, or else it is taken for cased if any piece has a capital letter.
+        Of a folder's two, tokenizer.json is read. A vocab.txt does not say what was done about case: you do, or the
+        tokenizer_config.json beside it, or else it is taken for cased if a word of it has a capital letter.
 
         Args:
             path: file or folder.
-            lowercase, strip_accents, split_chinese: as in `from_vocabulary`, for a vocab.txt; None as above.
+            lowercase, strip_accents, split_chinese, max_input_chars_per_word: as in `from_vocabulary`, for a vocab.txt;
+                None as above. What a tokenizer.json does cannot be changed, but is checked against them.
 
         Raises:
             FileNotFoundError: if there is no such file, or the folder has neither.
-            ValueError: if it is no such file, or a tokenizer.json was made with another `lowercase`.
+            ValueError: if it is no such file, or a tokenizer.json does otherwise than you ask for, or than the
+                tokenizer_config.json of its folder says (by which `transformers` would go).
         """
-        path, given = Path(path), dict(lowercase=lowercase, strip_accents=strip_accents, split_chinese=split_chinese)
-        if path.is_dir():
-            found = [path / name for name in _FILES if (path / name).exists()]
-            if not found:
-                raise FileNotFoundError(f"{path} has neither {' nor '.join(_FILES)}, but {_listed(path)}.")
-            path = found[0]
-        if path.suffix == ".json":
-            return cls._load_json(path, given)
-        pieces = read_lines(path)
-        config = path.parent / "tokenizer_config.json"
-        known = _json(config) if config.exists() else {}
-        settings = {ours: known.get(theirs) if given[ours] is None else given[ours]
-                    for ours, theirs in _SETTINGS.items()}  # fmt: skip
-        if settings["lowercase"] is None:
-            special = set(PIECES) | {piece for piece in pieces if piece.startswith("[unused")}
-            settings["lowercase"] = not any(piece != piece.lower() for piece in pieces if piece not in special)
-        if settings["split_chinese"] is None:
-            settings["split_chinese"] = True
-        return cls.from_vocabulary(pieces, **settings)
+        path = Path(path)
+        in_folder = path.is_dir()
+        path = _file_in(path) if in_folder else path
+        given = dict(lowercase=lowercase, strip_accents=strip_accents, split_chinese=split_chinese,
+                     max_input_chars_per_word=max_input_chars_per_word)  # fmt: skip
+        if path.suffix != ".json":
+            return cls._load_vocabulary(path, given)
+        tokenizer = cls(Tokenizer.load(path).to_json())
+        tokenizer._check_settings(path, given, "got")
+        if in_folder:
+            right = f"; load {' or '.join(_FILES)} by its own path, whichever is right"
+            tokenizer._check_settings(path, _configured(path.parent), f"{_CONFIG} beside it says", right)
+        return tokenizer
 
     @classmethod
-    def _load_json(cls, path, given):
-        found = super().load(path)
-        for name, value in given.items():
-            if value is not None and value != found._settings[name]:
-                raise ValueError(f"{path} was made with {name}={found._settings[name]}; got {name}={value}.")
-        return found
+    def _load_vocabulary(cls, path, given):
+        pieces = read_lines(path)
+        words = (piece.removeprefix("##") for piece in pieces)
+        settings = dict(lowercase=not any(word.isalpha() and word != word.lower() for word in words))
+        for told in (_configured(path.parent), given):
+            settings |= {name: value for name, value in told.items() if value is not None}
+        try:
+            return cls.from_vocabulary(pieces, **settings)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def _check_settings(self, path, settings, source, remedy=""):
+        for name, value in settings.items():
+            if value is not None and value != self._settings[name]:
+                raise ValueError(f"{path} does {name}={self._settings[name]}; {source} {name}={value}{remedy}.")
 
     @functools.cached_property
     def _settings(self):
-        """What was done about case, accents and Chinese characters: of ours or of the library's BertNormalizer."""
-        normalizer = json.loads(self._json).get("normalizer") or {}
-        steps = normalizer.get("normalizers", [normalizer])
-        bert = next((step for step in steps if step.get("type") == "BertNormalizer"), {})
-        lowercase = bert.get("lowercase", any(step.get("type") == "Lowercase" for step in steps))
-        strip = bert.get("strip_accents")
-        return dict(lowercase=lowercase, strip_accents=lowercase if strip is None else strip,
-                    split_chinese=bert.get("handle_chinese_chars", False))  # fmt: skip
+        """What is done about case, accents, Chinese and long words, whoever wrote the file."""
+        return {
+            "lowercase": self._words("A") == ["a"],
+            "strip_accents": self._words("é") == ["e"],
+            "split_chinese": len(self._words("北京")) == 2,
+            "max_input_chars_per_word": self._tokenizer.model.max_input_chars_per_word,
+        }
 
-    def save_folder(self, folder):
+    def _words(self, text):
+        """The words of a text, list of str: what is cut into pieces."""
+        normalizer, split = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return [text] if split is None else [word for word, _ in split.pre_tokenize_str(text)]
+
+    def save_folder(self, folder, max_length=512):
         """Writes tokenizer.json, vocab.txt, tokenizer_config.json and special_tokens_map.json for a checkpoint.
 
-        `transformers` reads them; its own tokenizer drops private characters, has [UNK] for words of more than 100
-        letters, and other tables than Python's.
+        The AutoTokenizer of `transformers` gives the same ids for every text, with [CLS] and [SEP] added, but finds
+        special pieces that are written in it. Its BertTokenizer takes the vocabulary alone and does as said above.
+
+        Args:
+            folder: path, made if it is not there.
+            max_length: int, how many positions the model has.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save(folder / "tokenizer.json")
         (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in self.vocabulary), "utf-8", newline="\n")
         names = {f"{piece[1:-1].lower()}_token": piece for piece in PIECES}
-        config = {theirs: self._settings[ours] for ours, theirs in _SETTINGS.items()}
-        config |= {"tokenizer_class": "BertTokenizer", "model_max_length": 512, **names}
-        for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", names)):
+        config = {theirs: self._settings[ours] for ours, theirs in _NAMES.items()}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **names}
+        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        for name, content in ((_CONFIG, config), ("special_tokens_map.json", names)):
             (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
 
     def encode_words(self, words):
@@ -196,8 +228,7 @@ class WordPiece(Tokenizer):
 
         A word that is nothing but characters that are dropped has none.
         """
-        words = list(words)
-        return self.encode_batch(words) if words else []
+        return self.encode_batch(words)
 
     def encode_with_offsets(self, text):
         """The ids of one text, and where their pieces stand in it: list of int, and list of (start, end) characters."""
@@ -207,62 +238,85 @@ class WordPiece(Tokenizer):
         """`encode_with_offsets` of many texts: list of (ids, offsets)."""
         return [(row.ids, row.offsets) for row in self._encodings(texts, self._tokenizer.encode_batch)]
 
+    def __reduce__(self):
+        return type(self), (self._json,)
+
+    def __repr__(self):
+        settings = ", ".join(f"{name}={value}" for name, value in self._settings.items())
+        return f"WordPiece(vocab_size={self.vocab_size}, {settings})"
+
+
+def _vocabulary(pieces):
+    """The ids of the pieces, dict, if they can be a vocabulary."""
+    pieces = pieces if isinstance(pieces, str) else list(pieces)
+    if isinstance(pieces, str) or not all(map(_is_text, pieces)):
+        raise ValueError(f"pieces must be an iterable of str without lone surrogates; got {_shortened(pieces)}.")
+    ids = {}
+    for i, piece in enumerate(pieces):
+        if not piece or "\n" in piece or piece in ids:
+            fault = f"is piece {ids[piece]} too" if piece in ids else "holds a line break" if piece else "is empty"
+            raise ValueError(f"Piece {i}, {piece!r}, {fault}.")
+        ids[piece] = i
+    _check_complete(ids, len(ids))
+    return ids
+
+
+def _check_complete(pieces, size):
+    missing = [piece for piece in PIECES if piece not in pieces]
+    if missing:
+        raise ValueError(f"The vocabulary of {size} pieces lacks {', '.join(missing)}.")
+
 
 @functools.lru_cache
 def _stages(lowercase, strip_accents, split_chinese):
-    """The authors' normalization and split, of the library's parts: what its BertNormalizer has otherwise, mended."""
+    """The authors' normalization and split, of the library's parts."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
-    strip_accents = lowercase if strip_accents is None else strip_accents
-    categories = _characters_by_category()
-    kept = set("\t\n\r")
-    dropped = {c for c in (*categories["Cc"], *categories["Cf"], "\0", "\ufffd") if c not in kept}
-    steps = [
-        normalizers.Replace(Regex(_one_of(dropped)), ""),
-        normalizers.Replace(Regex(_one_of({*categories["Zs"], *kept})), " "),
-    ]
+    category = _categories()
+    steps = [normalizers.Replace(Regex(rf"[{category['Cc']}{category['Cf']}\x{{FFFD}}&&[^\t\n\r]]"), "")]
     if lowercase:
-        steps.append(normalizers.Replace(Regex(r"(?<=\p{L})Σ(?![\p{L}\p{M}])"), "ς"))
-    steps.append(normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=split_chinese,
-                                            strip_accents=strip_accents, lowercase=lowercase))  # fmt: skip
-    if strip_accents:
-        steps += [normalizers.NFD(), normalizers.Replace(Regex(_one_of(categories["Mn"])), "")]
-    apart = {c for name, found in categories.items() if name.startswith("P") for c in found}
-    if split_chinese:
-        apart |= set(map(chr, range(0x2B820, 0x2B920)))  # of extension E, which the library leaves out
-    split = [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(_one_of(apart)), "isolated")]
+        # Python's lower(): the library has each character by itself.
+        letter, ignored = r"[\p{Cased}&&[^\p{Case_Ignorable}]]", r"\p{Case_Ignorable}*+"
+        steps += [
+            normalizers.Replace(Regex(rf"{letter}{ignored}\KΣ(?!{ignored}{letter})"), "ς"),
+            normalizers.Lowercase(),
+        ]
+    if lowercase if strip_accents is None else strip_accents:
+        steps += [normalizers.NFD(), normalizers.Replace(Regex(f"[{category['Mn']}]"), "")]
+    apart = r"!-/:-@\[-`{-~" + "".join(ranges for name, ranges in category.items() if name.startswith("P"))
+    alone = Regex(f"[{apart}{_CHINESE if split_chinese else ''}]")
+    split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(alone, "isolated")]
     return normalizers.Sequence(steps), pre_tokenizers.Sequence(split)
 
 
 @functools.lru_cache
-def _characters_by_category():
-    found = {}
-    for i in range(sys.maxunicode + 1):
-        found.setdefault(unicodedata.category(chr(i)), []).append(chr(i))
+def _categories():
+    """The characters of each category of Python's Unicode, as ranges in a regular expression."""
+    found = collections.defaultdict(str)
+    for category, run in itertools.groupby(range(sys.maxunicode + 1), lambda i: unicodedata.category(chr(i))):
+        first, *rest = run
+        found[category] += f"\\x{{{first:X}}}-\\x{{{rest[-1] if rest else first:X}}}"
     return found
 
 
-def _one_of(characters):
-    """A regular expression for one of these characters, as ranges."""
-    ranges = []
-    for i in sorted(map(ord, characters)):
-        if ranges and i == ranges[-1][1] + 1:
-            ranges[-1][1] = i
-        else:
-            ranges.append([i, i])
-    return "[" + "".join(f"\\x{{{first:X}}}-\\x{{{last:X}}}" for first, last in ranges) + "]"
-
-
-def _json(path):
+def _configured(folder):
+    """What the tokenizer_config.json of a folder says, as our arguments; nothing if there is none."""
+    path = folder / _CONFIG
+    if not path.exists():
+        return {}
     try:
         found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object, but {str(found)[:40]}.")
-    return found
+    return {ours: found.get(theirs) for ours, theirs in _NAMES.items()}
 
 
-def _listed(folder):
+def _file_in(folder):
     names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+    found = [folder / name for name in _FILES if name in names]
+    if not found:
+        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+        raise FileNotFoundError(f"{folder} has neither {' nor '.join(_FILES)}, but {listed}.")
+    return found[0]

@@ -18,7 +18,7 @@ class Subject:
 
     def __init__(self, make, layer, arguments, prepare=None):
         self.make, self.layer = make, layer
-        self.arguments = tree.map_structure(as_32_bits, arguments)
+        self.arguments = {name: _sorted(tree.map_structure(as_32_bits, x)) for name, x in arguments.items()}
         leaves = [x for value in self.arguments.values() for x in tree.flatten(value)]  # in the order of the dict
         arrays = [x for x in leaves if isinstance(x, np.ndarray) and x.ndim]
         if not arrays:
@@ -231,6 +231,11 @@ class ModelSubject(Subject):
 
         for length in self.lengths():
             yield f"the inputs of length {length}", self.replaced(length, blank)
+
+
+def _sorted(nest):
+    """A dict of inputs in the order of its keys, in which some backends flatten it and others do not."""
+    return {key: _sorted(nest[key]) for key in sorted(nest)} if isinstance(nest, dict) else nest
 
 
 class _Probe(keras.Model):

@@ -7,7 +7,8 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given
+import tokenizers
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmfound.data import Tokenizer, WordPiece
@@ -18,7 +19,6 @@ VOCABULARY = [*SPECIAL, "want", "##want", "##ed", "wa", "un", "runn", "##ing", "
               "##e", "H", "abc", "σ", "ς", "##σ", "##ς", "α", "##α"]  # fmt: skip
 CHINESE = [(0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
            (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)]  # fmt: skip
-LIKE_THE_LIBRARY = set("\u166d\u1734\U000111c9\U00011938")
 
 
 def basic(text, lowercase=True):
@@ -58,69 +58,89 @@ def pieces(word, vocabulary, longest=200):
 
 
 def reference(text, vocabulary=VOCABULARY, lowercase=True):
-    return [vocabulary.index(piece) for word in basic(text, lowercase) for piece in pieces(word, set(vocabulary))]
+    return [vocabulary.index(piece) for word in basic(text, lowercase) for piece in pieces(word, vocabulary)]
 
 
 UNCASED, CASED = (WordPiece.from_vocabulary(VOCABULARY, lowercase) for lowercase in (True, False))
-
-
-def words_of(tokenizer, text):
-    """What stands between normalization and the vocabulary."""
-    inner = tokenizer._tokenizer
-    return [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(inner.normalizer.normalize_str(text))]
+BOTH = pytest.mark.parametrize("tokenizer, lowercase", [(UNCASED, True), (CASED, False)], ids=["uncased", "cased"])
 
 
 # The rules
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("UNwant\u00e9d,running", ["un", "##want", "##ed", ",", "runn", "##ing"]),
-    ("unwantedX running", ["un", "##want", "##ed", "##x", "runn", "##ing"]),
-    ("unwantedq running", ["[UNK]", "runn", "##ing"]), ("", []), (" \t\n", []),
-    ("[SEP] a", ["[UNK]", "[UNK]", "[UNK]", "a"]),
+    ("UNwant\u00e9d,running", [7, 4, 5, 10, 8, 9]), ("unwantedX running", [0, 8, 9]), ("", []), (" \t\n", []),
 ])  # fmt: skip
 def test_check_8_pieces(text, expected):
-    assert UNCASED.encode(text) == [VOCABULARY.index(piece) for piece in expected] == reference(text)
+    words = ["[UNK]", "[CLS]", "[SEP]", "want", "##want", "##ed", "wa", "un", "runn", "##ing", ",", "[PAD]", "[MASK]"]
+    assert WordPiece.from_vocabulary(words).encode(text) == expected == reference(text, words)
 
 
 @pytest.mark.parametrize("text, expected", [
     ("ah\u535a\u63a8zz", "ah 博 推 zz"), (" \tHeLLo!how  \n Are yoU?  ", "hello ! how are you ?"),
-    ("$5.00^x", "$ 5 . 00 ^ x"), ("a\u200bb\ufffdc", "abc"), ("H\u00e9llo", "hello"), ("İstanbul", "istanbul"),
-    ("ΟΔΟΣ ΣΑΣ.", "οδος σας ."), ("a\u2028b\u3000c", "a b c"), ("a\x85b", "ab"), ("\ue000a", "\ue000a"),
+    ("$5.00^x", "$ 5 . 00 ^ x"), ("a\u200bb\ufffdc", "abc"), ("H\u00e9llo", "hello"), ("[SEP]", "[ sep ]"),
 ])  # fmt: skip
 def test_check_8_words(text, expected):
-    assert " ".join(words_of(UNCASED, text)) == expected == " ".join(basic(text))
+    assert " ".join(UNCASED._words(text)) == expected == " ".join(basic(text))
 
 
-@pytest.mark.parametrize("tokenizer, lowercase", [(UNCASED, True), (CASED, False)], ids=["uncased", "cased"])
-def test_every_assigned_character_is_treated_as_the_authors_do(tokenizer, lowercase):
-    chunks, wrong = [], set()
-    characters = [chr(i) for i in [*range(1, 0xD800), *range(0xE000, 0x2FA20), *range(0xE0000, 0xE0200)]]
-    characters = [c for c in characters if unicodedata.category(c) != "Cn"]
-    for i in range(0, len(characters), 500):
-        chunks.append(characters[i : i + 500])
-    for chunk in chunks:
-        text = " ".join(f"a{c}b" for c in chunk)
-        if words_of(tokenizer, text) != basic(text, lowercase):
-            wrong |= {c for c in chunk if words_of(tokenizer, f"a{c}b") != basic(f"a{c}b", lowercase)}
-    assert wrong <= LIKE_THE_LIBRARY
+@pytest.mark.parametrize("text, expected", [
+    ("İstanbul", "istanbul"), ("\u212bngström", "angstrom"), ("a\u2028b\u3000c", "a b c"), ("a\x85b\x1cc", "abc"),
+    ("\ue000a\U0010fffd", "\ue000a\U0010fffd"), ("a\u226eb", "a < b"), ("a\U0002b820b", "a \U0002b820 b"),
+    ("ΟΔΟΣ ΣΑΣ.", "οδος σας ."), ("ΑΣ\u0301 Α\u0301Σ Α'Σ Α'Σ'Α", "ας ας α ' ς α ' σ ' α"), ("Σ ʰΣ 'Σ", "σ ʰσ ' σ"),
+    ("ΑΣ博Α", "ας 博 α"),
+])  # fmt: skip
+def test_what_else_the_authors_do(text, expected):
+    assert " ".join(UNCASED._words(text)) == expected == " ".join(basic(text))
+
+
+CHARACTERS = [chr(i) for i in (*range(1, 0xD800), *range(0xE000, 0x33480), *range(0xE0000, 0xE0200), 0xF0000, 0x10FFFD)]
+lowered = tokenizers.normalizers.Sequence([tokenizers.normalizers.Lowercase(), tokenizers.normalizers.NFD()])
+NEWEST = {c for c, found in zip(CHARACTERS, lowered.normalize_str("\0".join(CHARACTERS)).split("\0"))
+          if found != unicodedata.normalize("NFD", c.lower())}  # fmt: skip
+
+
+@BOTH
+def test_every_character_is_treated_as_the_authors_do(tokenizer, lowercase):
+    wrong = set()
+    for i in range(0, len(CHARACTERS), 500):
+        texts = {c: f"a{c}b" for c in CHARACTERS[i : i + 500]}
+        if tokenizer._words(" ".join(texts.values())) != basic(" ".join(texts.values()), lowercase):
+            wrong |= {c for c, text in texts.items() if tokenizer._words(text) != basic(text, lowercase)}
+    assert wrong <= (NEWEST if lowercase else set())
+    known = {c for c in wrong if unicodedata.name(c, "")}
+    assert known <= {"\U00011938"} or unicodedata.unidata_version >= "16"
 
 
 alphabet = st.one_of(
-    st.sampled_from("abhx ,.?!é\u0301博推H\t\u200b\ufffd\ue000"),
-    st.characters(exclude_categories=["Cs", "Cn"], exclude_characters=LIKE_THE_LIBRARY | set("Σ")),
+    st.sampled_from("abhx ,.?!'é\u0301\u0323博推HΣΑʰ\t\u200b\ufffd\ue000"),
+    # U+1171E became a letter's mark; before a sigma it counts as one for the library, not yet for Python.
+    st.characters(exclude_categories=["Cs", "Cn"], exclude_characters=NEWEST | {"\U0001171e"}),
 )
+texts = st.text(alphabet, max_size=40)
 
 
-@given(st.text(alphabet, max_size=40), st.booleans())
+@given(texts, st.booleans())
 def test_any_text_has_the_pieces_of_the_authors(text, lowercase):
     assert (UNCASED if lowercase else CASED).encode(text) == reference(text, lowercase=lowercase)
+    assert (UNCASED if lowercase else CASED)._words(text) == basic(text, lowercase)
 
 
-@pytest.mark.parametrize("length, expected", [(200, 200), (201, 1)])
-def test_words_may_have_200_characters(length, expected):
-    assert len(UNCASED.encode("a" * length)) == expected
-    assert UNCASED.encode("a" * length) == reference("a" * length)
+@pytest.mark.parametrize("longest", [100, 200])
+def test_long_words_are_unknown(longest):
+    tokenizer = WordPiece.from_vocabulary(VOCABULARY, max_input_chars_per_word=longest)
+    assert len(tokenizer.encode("é" * longest)) == longest and tokenizer.encode("é" * (longest + 1)) == [1]
+    assert (UNCASED.encode("a" * (longest + 1)) == [1]) is (longest == 200)
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (dict(lowercase=True, strip_accents=False), "éa 博推 h"), (dict(lowercase=False, strip_accents=True), "EA 博推 H"),
+    (dict(lowercase=True, strip_accents=None), "ea 博推 h"), (dict(lowercase=False, strip_accents=None), "ÉA 博推 H"),
+])  # fmt: skip
+def test_case_and_accents_are_dropped_apart(arguments, expected):
+    for split_chinese, words in ((True, expected.replace("博推", "博 推")), (False, expected)):
+        tokenizer = WordPiece.from_vocabulary(VOCABULARY, split_chinese=split_chinese, **arguments)
+        assert " ".join(tokenizer._words("ÉA 博推 H")) == words
 
 
 # Words, offsets, pieces
@@ -136,25 +156,40 @@ def test_offsets_are_those_of_the_text_as_it_is_written():
     ids, offsets = UNCASED.encode_with_offsets(text)
     assert ids == UNCASED.encode(text)
     assert [text[a:b] for a, b in offsets] == ["UN", "want", "\u00e9d", ",", "runn", "ing", "博", "推", "!"]
-    decomposed = "unwante\u0301d"
-    _, offsets = UNCASED.encode_with_offsets(decomposed)
-    assert [decomposed[a:b] for a, b in offsets][:2] == ["un", "want"] and offsets[-1][1] == len(decomposed)
     assert UNCASED.encode_batch_with_offsets([text, "a"])[1] == ([VOCABULARY.index("a")], [(0, 1)])
+    assert np.array(offsets).shape == (9, 2)
+
+
+@given(texts, st.booleans())
+@example("a\u0301\u200b\u0301h", True)
+@example("İ\ufffda", True)
+def test_pieces_stand_where_their_offsets_say(text, lowercase):
+    tokenizer, end = UNCASED if lowercase else CASED, 0
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    assert ids == tokenizer.encode(text)
+    for i, (a, b) in zip(ids, offsets, strict=True):
+        assert end <= a < b <= len(text)
+        written = "".join(basic(text[a:b], lowercase))
+        assert written and (i == 1 or written.replace("ς", "σ") == VOCABULARY[i].removeprefix("##").replace("ς", "σ"))
+        end = b
 
 
 def test_what_a_tokenizer_tells():
     assert [UNCASED.pad_id, UNCASED.unk_id, UNCASED.cls_id, UNCASED.sep_id, UNCASED.mask_id] == [0, 1, 2, 3, 4]
     assert (UNCASED.start_id, UNCASED.end_id, UNCASED.vocab_size) == (2, 3, len(VOCABULARY))
     assert UNCASED.vocabulary == VOCABULARY
+    assert UNCASED.continues.dtype == bool
     assert UNCASED.continues.tolist() == [piece.startswith("##") for piece in VOCABULARY]
     assert UNCASED.decode([2, 9, 6, 7, 12, 3]) == "unwanted ,"
     assert UNCASED.pieces("Unwanted é") == ["Un", "want", "ed", "é"]
+    assert repr(CASED) == (f"WordPiece(vocab_size={len(VOCABULARY)}, lowercase=False, strip_accents=False, "
+                           "split_chinese=True, max_input_chars_per_word=200)")  # fmt: skip
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
 def test_a_copy_is_the_same(how):
     twin = how(UNCASED)
-    assert type(twin) is WordPiece and twin.mask_id == 4
+    assert type(twin) is WordPiece and twin.mask_id == 4 and twin.to_json() == UNCASED.to_json()
     assert twin.encode("UNwant\u00e9d [MASK]") == UNCASED.encode("UNwant\u00e9d [MASK]")
 
 
@@ -166,7 +201,7 @@ TEXTS = ["the lower the better", "lower than low", "Newer and wider, Été"] * 3
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_a_trained_vocabulary(lowercase):
-    tokenizer = WordPiece.train(TEXTS, 60, lowercase)
+    tokenizer = WordPiece.train(iter(TEXTS), 60, lowercase)
     assert tokenizer.vocabulary[:5] == SPECIAL and tokenizer.vocab_size <= 60
     assert ("É" in tokenizer.vocabulary) is not lowercase
     ids = tokenizer.encode("the lower")
@@ -176,74 +211,136 @@ def test_a_trained_vocabulary(lowercase):
         assert tokenizer.encode(text) == expected and tokenizer.unk_id not in expected
 
 
+def test_training_is_the_same_every_time_and_in_the_order_it_says():
+    texts = ["ab ac ad ba bc bd ca cb cd da db dc"] * 2  # ties alone
+    found = {WordPiece.train(texts, 20).to_json() for _ in range(8)}
+    assert len(found) == 1
+    assert WordPiece(found.pop()).vocabulary[5:13] == ["a", "b", "c", "d", "##a", "##b", "##c", "##d"]
+    frequent = WordPiece.train(["low low low", "wide wide", "rare"], 30, min_frequency=2).vocabulary
+    assert frequent.index("low") < frequent.index("wide") and "rare" not in frequent
+    assert "rare" in WordPiece.train(["rare"], 30, min_frequency=1).vocabulary
+
+
+def test_training_from_files(tmp_path):
+    (tmp_path / "text").write_text("\n".join(TEXTS), "utf-8")
+    tokenizer = WordPiece.train_from_files([tmp_path / "text"], 60, lowercase=False)
+    assert tokenizer.to_json() == WordPiece.train(TEXTS, 60, lowercase=False).to_json()
+
+
 # Files
 
 
 def test_saved_and_loaded(tmp_path):
-    CASED.save(tmp_path / "tokenizer.json")
-    again = WordPiece.load(tmp_path / "tokenizer.json")
+    path = tmp_path / "tokenizer.json"
+    CASED.save(path)
+    again = WordPiece.load(path, lowercase=False, strip_accents=False, max_input_chars_per_word=200)
     assert again.encode("Hello H\u00e9") == CASED.encode("Hello H\u00e9") and again.to_json() == CASED.to_json()
-    with pytest.raises(ValueError, match=r"was made with lowercase=False; got lowercase=True"):
-        WordPiece.load(tmp_path / "tokenizer.json", lowercase=True)
-    assert WordPiece.load(tmp_path / "tokenizer.json", lowercase=False, strip_accents=False).vocab_size == len(
-        VOCABULARY
-    )
+    for setting, has, other in (("lowercase", False, True), ("max_input_chars_per_word", 200, 100)):
+        with pytest.raises(ValueError, match=rf"tokenizer\.json does {setting}={has}; got {setting}={other}\."):
+            WordPiece.load(path, **{setting: other})
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("last", ["", "\n"])
 def test_a_vocabulary_of_lines(tmp_path, ending, last):
     path = tmp_path / "vocab.txt"
-    path.write_bytes((ending.join(VOCABULARY) + last).encode())
-    assert WordPiece.load(path).vocabulary == VOCABULARY
-    assert WordPiece.load(path).encode("H") == CASED.encode("H")  # it has an H, so it is cased
-    assert WordPiece.load(path, lowercase=True).encode("H\u00e9") == UNCASED.encode("H\u00e9")
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true, "strip_accents": false}')
-    assert WordPiece.load(tmp_path).encode("\u00c9") == [VOCABULARY.index("é")]
-    lower = [piece for piece in VOCABULARY if piece != "H"]
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "vocab.txt").write_text("\n".join([*lower, "[unused0]"]), "utf-8")
-    assert WordPiece.load(tmp_path / "b").encode("A\u00c9") == [VOCABULARY.index("a"), VOCABULARY.index("##e") - 0]
+    pieces = [*VOCABULARY, "\u2028", "\x85", "\u3000"]  # ids are positions, whatever the pieces
+    path.write_bytes((ending.join(pieces) + last).encode())
+    assert WordPiece.load(path).vocabulary == pieces
+    assert WordPiece.load(path, max_input_chars_per_word=3).encode("aaaa aaa") == [1, 21, 23, 23]
 
 
-def test_a_folder_that_transformers_reads(tmp_path):
-    transformers = pytest.importorskip("transformers")
+def test_case_is_what_you_say_or_the_configuration_or_the_vocabulary(tmp_path):
+    def write(pieces, **config):
+        (tmp_path / "vocab.txt").write_text("\n".join(pieces), "utf-8")
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+
+    small = [piece for piece in VOCABULARY if piece != "H"]
+    write([*small, "[unused0]", "<S>"], do_lower_case=None, tokenizer_class="BertTokenizer")
+    assert WordPiece.load(tmp_path)._settings["lowercase"] is True
+    assert WordPiece.load(tmp_path, lowercase=False)._settings["lowercase"] is False
+    write([*small, "##H"])
+    assert WordPiece.load(tmp_path)._settings["lowercase"] is False
+    write(VOCABULARY, do_lower_case=True, strip_accents=False, tokenize_chinese_chars=False)
+    for path in (tmp_path, tmp_path / "vocab.txt"):
+        assert WordPiece.load(path)._words("ÉH博推") == ["éh博推"]
+        assert WordPiece.load(path, False, True, True)._words("ÉH博推") == ["EH", "博", "推"]
+    write(small, do_lower_case=False)
+    assert WordPiece.load(tmp_path)._words("É") == ["É"]
+
+
+def test_a_folder_that_contradicts_itself(tmp_path):
     UNCASED.save_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "strip_accents": null}')
+    message = r"does lowercase=True; tokenizer_config\.json beside it says lowercase=False; load tokenizer\.json or "
+    with pytest.raises(ValueError, match=message):
+        WordPiece.load(tmp_path)
+    assert WordPiece.load(tmp_path / "tokenizer.json").encode("HELLO") == [VOCABULARY.index("hello")]
+    assert WordPiece.load(tmp_path / "vocab.txt").encode("H") == [VOCABULARY.index("H")]
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert WordPiece.load(tmp_path).to_json() == UNCASED.to_json()
+
+
+@pytest.mark.parametrize("tokenizer", [UNCASED, CASED], ids=["uncased", "cased"])
+def test_a_folder_that_transformers_reads(tmp_path, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save_folder(tmp_path, max_length=64)
     assert {path.name for path in tmp_path.iterdir()} == {
         "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"}  # fmt: skip
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    texts = ["UNwant\u00e9d, running!", "how are you? 博推"]
-    single, pair = theirs(texts[0]), theirs(*texts)
-    first, second = UNCASED.encode_batch(texts)
-    assert single["input_ids"] == [2, *first, 3]
-    assert pair["input_ids"] == [2, *first, 3, *second, 3]
-    assert pair["token_type_ids"] == [0] * (len(first) + 2) + [1] * (len(second) + 1)
-    assert (theirs.pad_token_id, theirs.mask_token_id, theirs.unk_token_id) == (0, 4, 1)
-    assert WordPiece.load(tmp_path).encode(texts[1]) == second
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["do_lower_case"] is True
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert WordPiece.load(tmp_path / "theirs").encode_batch(texts) == [first, second]
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    usual = ["UNwant\u00e9d, running!", "how are you? 博推"]
+    unusual = [*usual, "a" * 150, "a\ue000b \U0002b820", "ΑΣ ασ ΑΣ'", "H é e\u0301", ""]
+    for kind, texts in ((transformers.AutoTokenizer, unusual), (transformers.BertTokenizer, usual)):
+        theirs = kind.from_pretrained(tmp_path)
+        assert (theirs.pad_token_id, theirs.mask_token_id, theirs.unk_token_id) == (0, 4, 1)
+        assert theirs.model_max_length == 64
+        rows = tokenizer.encode_batch(texts)
+        assert theirs(texts, padding=False)["input_ids"] == [[2, *row, 3] for row in rows]
+        pairs = theirs(texts, [usual[0]] * len(texts))
+        assert pairs["input_ids"] == [[2, *row, 3, *rows[0], 3] for row in rows]
+        assert pairs["token_type_ids"] == [[0] * (len(row) + 2) + [1] * (len(rows[0]) + 1) for row in rows]
+        theirs.save_pretrained(tmp_path / kind.__name__)
+        assert WordPiece.load(tmp_path / kind.__name__).encode_batch(texts) == rows
 
 
-def test_ids_with_gaps_and_added_pieces_of_someone_else(tmp_path):
+def test_a_file_of_someone_else_stays_as_it_is(tmp_path):
     content = json.loads(UNCASED.to_json())
     content["model"]["vocab"]["late"] = 99
+    content["normalizer"] = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": False,
+                             "strip_accents": None, "lowercase": False}  # fmt: skip
+    content["pre_tokenizer"], content["post_processor"] = {"type": "BertPreTokenizer"}, None
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     found = WordPiece.load(tmp_path)
     assert found.vocab_size == 100 and found.continues.shape == (100,) and found.encode("late") == [99]
+    assert json.loads(found.to_json()) == content and found.encode("\ue000a") == [VOCABULARY.index("a")]
+    assert found._settings == dict(lowercase=False, strip_accents=False, split_chinese=False,
+                                   max_input_chars_per_word=200)  # fmt: skip
+    content["normalizer"] = content["pre_tokenizer"] = None
+    assert WordPiece(json.dumps(content)).encode("hello") == [VOCABULARY.index("hello")]
+    assert WordPiece(json.dumps(content))._settings["split_chinese"] is False
+
+
+# What cannot be
 
 
 @pytest.mark.parametrize("call, message", [
     (lambda: WordPiece.from_vocabulary(["a", *SPECIAL[:3]]), r"vocabulary of 4 pieces lacks \[SEP\], \[MASK\]"),
-    (lambda: WordPiece.from_vocabulary([*SPECIAL, "a", "b", "a"]), "Piece 5, 'a', is there twice"),
+    (lambda: WordPiece.from_vocabulary([*SPECIAL, "a", "b", "a"]), "Piece 7, 'a', is piece 5 too"),
     (lambda: WordPiece.from_vocabulary([*SPECIAL, "a", "", "b"]), "Piece 6, '', is empty"),
-    (lambda: WordPiece.train("abc", 10), "got one str, 'abc'"),
-    (lambda: WordPiece.train([], 10), "There is no text to train on"),
-    (lambda: WordPiece.train(TEXTS, 10), r"vocab_size \(10\) is too small: characters alone are \d+ pieces"),
+    (lambda: WordPiece.from_vocabulary(iter(["[PAD]\n"])), r"Piece 0, '\[PAD\]\\n', holds a line break"),
+    (lambda: WordPiece.from_vocabulary("[PAD]"), "pieces must be an iterable of str .*; got one str"),
+    (lambda: WordPiece.from_vocabulary([*SPECIAL, 5]), "pieces must be an iterable of str .*; got 5 as item 5"),
+    (lambda: WordPiece.train("abc", 10), "texts must be an iterable of str, .*; got one str, 'abc'"),
+    (lambda: WordPiece.train([], 10), "not all of them empty; got 0 items"),
+    (lambda: WordPiece.train(["a", b"b"], 10), "texts must be an iterable of str, .*; got b'b' as item 1"),
+    (lambda: WordPiece.train([" ", "\u200b"], 10), "nothing to learn from: 2 texts of spaces and control characters"),
+    (lambda: WordPiece.train(TEXTS, 10), r"vocab_size \(10\) is too small for 5 special pieces and \d+ characters"),
     (lambda: WordPiece(Tokenizer.train(TEXTS, 300).to_json()), "a BPE model, not WordPiece; Tokenizer.load"),
     (lambda: WordPiece(Tokenizer.train(TEXTS, 60, kind="wordpiece").to_json()), r"lacks \[CLS\], \[SEP\], \[MASK\]"),
     (lambda: WordPiece("{}"), "not a tokenizer.json"),
-    (lambda: UNCASED.encode_words([1]), "texts must be an iterable of str"),
+    (lambda: UNCASED.encode_words([1]), "must be an iterable of str"),
+    (lambda: UNCASED.encode_words("one"), "got one str, 'one'"),
+    (lambda: UNCASED.encode_batch_with_offsets("one"), "got one str, 'one'"),
 ])  # fmt: skip
 def test_what_cannot_be(call, message):
     with pytest.raises(ValueError, match=message):
@@ -256,15 +353,15 @@ def test_folders_without_a_tokenizer(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"neither tokenizer.json nor vocab.txt, but model.bin"):
         WordPiece.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"other\.txt"):
+        WordPiece.load(tmp_path / "other.txt")
     (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n\xff\n")
     with pytest.raises(ValueError, match="not valid UTF-8"):
         WordPiece.load(tmp_path)
-    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY), "utf-8")
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "", ""]), "utf-8")
+    with pytest.raises(ValueError, match=rf"vocab.txt: Piece {len(VOCABULARY)}, '', is empty"):
+        WordPiece.load(tmp_path)
     for content, message in (("{", "is not JSON"), ("[1]", "holds no JSON object")):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             WordPiece.load(tmp_path)
-
-
-def test_offsets_are_numbers_that_an_array_takes():
-    assert np.array(UNCASED.encode_with_offsets("a b")[1]).tolist() == [[0, 1], [2, 3]]
