@@ -1,40 +1,21 @@
 """BERT's checkpoints of Hugging Face, in and out, without transformers and without PyTorch. Source: the names and files
 of its library and of those that Google's were converted to."""
 
-import dataclasses
 import json
 import os
 import re
-import warnings
 from pathlib import Path
 
 import numpy as np
 from keras import ops
 
 from llmfound import models
-from llmfound.convert.assign import assign
+from llmfound.convert.bert import Form, huggingface_name, listing, paths, read, read_config, read_json
 from llmfound.ops import gelu_tanh
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
                "silu": "silu", "swish": "silu", "tanh": "tanh"}  # fmt: skip
-SIZES = {"vocab_size": "vocab_size", "num_layers": "num_hidden_layers", "hidden_dim": "hidden_size",
-         "num_heads": "num_attention_heads", "intermediate_dim": "intermediate_size"}  # fmt: skip
-REST = {"dropout": ("hidden_dropout_prob", 0.1), "attention_dropout": ("attention_probs_dropout_prob", 0.1),
-        "max_length": ("max_position_embeddings", 512), "num_segments": ("type_vocab_size", 2),
-        "pad_id": ("pad_token_id", 0), "epsilon": ("layer_norm_eps", 1e-12),
-        "causal": ("is_decoder", False)}  # fmt: skip
-PARTS = {
-    "token_embedding": "embeddings.word_embeddings", "segment_embedding": "embeddings.token_type_embeddings",
-    "position_embedding": "embeddings.position_embeddings", "embedding_norm": "embeddings.LayerNorm",
-    "attention/query": "attention.self.query", "attention/key": "attention.self.key",
-    "attention/value": "attention.self.value", "attention/output": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm", "feedforward/expand": "intermediate.dense",
-    "feedforward/contract": "output.dense", "feedforward_norm": "output.LayerNorm", "pooler/dense": "pooler.dense",
-    "masked_lm/dense": "cls.predictions.transform.dense", "masked_lm/norm": "cls.predictions.transform.LayerNorm",
-    "masked_lm": "cls.predictions", "next_sentence": "cls.seq_relationship", "classes": "classifier",
-    "span": "qa_outputs", "score": "classifier",
-}  # fmt: skip
-LAST = {"kernel": "weight", "embeddings": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}
+FORM = Form(huggingface_name, lambda path: path.endswith("/kernel"), ("embeddings.", "encoder."))
 TIED = {"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias"}  # fmt: skip
 UNUSED = "embeddings.position_ids"  # the numbers 0, 1, 2, ... of old files
@@ -43,27 +24,6 @@ OF_KIND = {
     "BERTTokenClassifier": "BertForTokenClassification", "BERTQuestionAnswering": "BertForQuestionAnswering",
     "BERTMultipleChoice": "BertForMultipleChoice",
 }  # fmt: skip
-
-
-@dataclasses.dataclass
-class Conversion:
-    """What went where when a checkpoint was read.
-
-    Attributes:
-        copied: dict, path of each weight of the model that was read -> name of its tensor.
-        new: list of str, paths of the weights that the checkpoint lacks, as they were initialised.
-        left: list of str, names and shapes of the tensors that the model has no place for.
-    """
-
-    copied: dict
-    new: list
-    left: list
-
-    def __str__(self):
-        lines = [f"{len(self.copied)} weights were read"]
-        lines += [f"new, not in the checkpoint: {', '.join(self.new)}"] * bool(self.new)
-        lines += [f"left out of the checkpoint: {', '.join(self.left)}"] * bool(self.left)
-        return "; ".join(lines) + "."
 
 
 def from_huggingface(folder, kind=None, num_classes=None, dtype=None):
@@ -91,23 +51,11 @@ def from_huggingface(folder, kind=None, num_classes=None, dtype=None):
             missing, left over, of other shapes, or untied where the model has one weight. There is no half-read model.
     """
     folder = Path(folder)
-    config, tensors = _config(folder), {_modern(name): array for name, array in _tensors(folder).items()}
-    tensors.pop(UNUSED, None)
-    _untie(tensors)
-    strict = kind is None
-    model = _model(kind or _kind(tensors, config), tensors, config, num_classes, dtype)
-    table = {path: name for _, path, name in names(model)}
-    left = [name for name in tensors if name not in table.values() and not _of_encoder(name) and not strict]
-    new = {path for path, name in table.items() if name not in tensors and not _of_encoder(name) and not strict}
-    entries = {path: ((name,), np.transpose if _turned(path) else np.asarray) for path, name in table.items()}
-    kept = {path: ops.convert_to_numpy(weight) for weight, path, _ in names(model) if path in new}
-    entries |= {path: path for path in kept}
-    assign(model, {**tensors, **kept}, entries, ignore=left)
-    copied = {path: name for path, name in table.items() if path not in new}
-    model.conversion = Conversion(copied, sorted(new), [f"{name} {tensors[name].shape}" for name in left])
-    if new or left:
-        warnings.warn(f"{folder}: {model.conversion}", stacklevel=2)
-    return model
+    config = _config(folder)
+    tensors = _modern(_tensors(folder))
+    known, told = {theirs: getattr(models, ours) for ours, theirs in OF_KIND.items()}, config.get("architectures")
+    classifier = next((known[name] for name in told if name in known), None) if isinstance(told, list) else None
+    return read(folder, FORM, tensors, config, kind, num_classes, dtype, classifier)
 
 
 def to_huggingface(model, folder, tokenizer=None, **config):
@@ -122,8 +70,8 @@ def to_huggingface(model, folder, tokenizer=None, **config):
         **config: more entries of config.json, such as id2label={0: "negative", 1: "positive"}.
 
     Raises:
-        ValueError: if this is no such model, its activation has no name there, or the tokenizer has more pieces than
-            the model.
+        ValueError: if this is no such model, its blocks or its activation have no like there, id2label does not name
+            its classes, or the tokenizer has more pieces than the model.
     """
     from safetensors.numpy import save_file
 
@@ -134,16 +82,16 @@ def to_huggingface(model, folder, tokenizer=None, **config):
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} pieces, and the model {model.encoder.token_embedding.input_dim}."
         )
-    settings = _labelled({**_settings(model, kind), **config})
+    settings = _labelled({**_settings(model, kind), **config}, model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     prefix = "" if kind == "BERT" else "bert."
     tensors = {}
-    for weight, path, name in names(model):
-        array = np.asarray(ops.convert_to_numpy(ops.cast(weight, "float32")))
+    for path, weight in paths(model).items():
+        array, name = np.asarray(ops.convert_to_numpy(ops.cast(weight, "float32"))), FORM.name(path)
         whole = name if name.startswith(("cls.", "classifier.", "qa_outputs.")) else prefix + name
-        tensors[whole] = np.ascontiguousarray(array.T if _turned(path) else array)
+        tensors[whole] = np.ascontiguousarray(array.T if FORM.turned(path) else array)
     save_file(tensors, folder / "model.safetensors.part", {"format": "pt"})
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
     if tokenizer is not None:
@@ -152,84 +100,18 @@ def to_huggingface(model, folder, tokenizer=None, **config):
     os.replace(folder / "config.json.part", folder / "config.json")
 
 
-def names(model):
-    """Each weight of a model, its path without the model's own name, and the name of its tensor without "bert.".
-
-    Returns:
-        list of (variable, str, str).
-
-    Raises:
-        ValueError: if a weight has no name there.
-    """
-    found = []
-    for weight in model.weights:
-        path = weight.path.split("/", 1)[1]
-        *parts, last = path.removeprefix("encoder/").split("/")
-        block = re.fullmatch(r"block_(\d+)", parts[0])
-        part = PARTS.get("/".join(parts[1:] if block else parts))
-        if part is None or last not in LAST:
-            raise ValueError(f"{weight.path} has no name in Hugging Face's BERT.")
-        found.append(
-            (weight, path, f"encoder.layer.{block[1]}.{part}.{LAST[last]}" if block else f"{part}.{LAST[last]}")
-        )
-    return found
-
-
-def _of_encoder(name):
-    return name.startswith(("embeddings.", "encoder."))
-
-
-def _turned(path):
-    """Whether a matrix is (in, out) here and (out, in) there."""
-    return path.endswith("/kernel")
-
-
-def _modern(name):
-    """The name of a tensor in new files, without the prefix that all but plain encoders have."""
-    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name).removeprefix("bert.")
-
-
-def _untie(tensors):
-    """Takes out what is written twice, after a look whether it is the same."""
-    for name, original in TIED.items():
-        twin = tensors.pop(name, None)
-        if twin is not None and original not in tensors:
-            tensors[original] = twin
-        elif twin is not None and not np.array_equal(twin, tensors[original]):
-            raise ValueError(f"{name} and {original} differ; here they are one weight.")
-
-
-def _json(path):
-    if not path.exists():
-        there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
-        shown = "there is no such folder" if there is None else f"the folder has {', '.join(there[:8]) or 'nothing'}"
-        raise FileNotFoundError(f"{path} does not exist; {shown}.")
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object, but {str(found)[:40]}.")
-    return found
-
-
 def _config(folder):
-    config = _json(folder / "config.json")
-    if config.get("model_type") != "bert":
-        raise ValueError(f"{folder / 'config.json'} is of a {config.get('model_type')!r} model, not 'bert'.")
-    missing = [name for name in SIZES.values() if name not in config]
-    if missing:
-        raise ValueError(f"{folder / 'config.json'} lacks {', '.join(missing)}.")
-    if config.get("hidden_act", "gelu") not in ACTIVATIONS:
-        raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}; got {config['hidden_act']!r}.")
-    positions = config.get("position_embedding_type", "absolute")
-    if positions != "absolute" or config.get("add_cross_attention"):
+    path = folder / "config.json"
+    found = read_json(path)
+    if found.get("model_type") != "bert":
+        raise ValueError(f"{path} is of a {found.get('model_type')!r} model, not 'bert'.")
+    positions = found.get("position_embedding_type", "absolute")
+    if positions != "absolute" or found.get("add_cross_attention"):
         raise ValueError(
             "Only absolute positions and no cross-attention can be had; got "
-            f"position_embedding_type={positions!r}, add_cross_attention={config.get('add_cross_attention', False)}."
+            f"position_embedding_type={positions!r}, add_cross_attention={found.get('add_cross_attention', False)}."
         )
-    return config
+    return read_config(path, ACTIVATIONS)
 
 
 def _tensors(folder):
@@ -239,69 +121,54 @@ def _tensors(folder):
 
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if not (folder / files[0]).exists() and index.exists():
-        files = sorted(set(_json(index).get("weight_map", {}).values()))
+        parts = read_json(index).get("weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+            raise ValueError(f"{index} has no weight_map from tensors to files.")
+        files = sorted(set(parts.values()))
     found = {}
     for name in files:
         path = folder / name
         if path.parent != folder or not path.exists():
-            there = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
             raise FileNotFoundError(
-                f"{path} does not exist; the folder has {there}. Of a pytorch_model.bin, PyTorch's users make it by "
-                "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')."
+                f"{path} does not exist; {listing(folder)}. Of a pytorch_model.bin, PyTorch's users make it by\n"
+                "    tensors = torch.load('pytorch_model.bin', weights_only=True)\n"
+                "    safetensors.torch.save_file({k: v.clone() for k, v in tensors.items()}, 'model.safetensors')"
             )
         try:
             with safetensors.safe_open(path, "numpy") as file:
                 found |= {key: file.get_tensor(key) for key in file.keys()}
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged, or no safetensors file: {error}.") from error
-    return {name: array.astype("float32") if array.dtype.kind in "fV" else array for name, array in found.items()}
+    return found
 
 
-def _kind(tensors, config):
-    """The class of the model that has these tensors."""
-    if "qa_outputs.weight" in tensors:
-        return models.BERTQuestionAnswering
-    if any(name.startswith("cls.") for name in tensors):
-        return models.BERTPretraining
-    if "classifier.weight" not in tensors:
-        return models.BERT
-    known = {theirs: getattr(models, ours) for ours, theirs in OF_KIND.items()}
-    found = [known[name] for name in config.get("architectures") or () if name in known]
-    if not found:
-        raise ValueError(
-            "There is a classifier, and config.json's architectures do not tell of what: "
-            f"{config.get('architectures')}; give kind=BERTClassifier, BERTTokenClassifier or BERTMultipleChoice."
-        )
-    return found[0]
-
-
-def _model(kind, tensors, config, num_classes, dtype):
-    options = {ours: config[theirs] for ours, theirs in SIZES.items()}
-    options |= {ours: config.get(theirs, default) for ours, (theirs, default) in REST.items()}
-    options["activation"] = ACTIVATIONS[config.get("hidden_act", "gelu")]
-    if options["pad_id"] is None:
-        options["pad_id"] = 0
-    bert, policy = models.BERT(**options, dtype=dtype), dict(dtype=dtype)
-    if issubclass(kind, models.BERT):
-        return bert
-    if issubclass(kind, models.BERTPretraining):
-        return kind(bert, next_sentence="cls.seq_relationship.weight" in tensors, **policy)
-    if issubclass(kind, models.BERTQuestionAnswering):
-        return kind(bert, **policy)
-    rate = config.get("classifier_dropout")
-    policy["dropout"] = options["dropout"] if rate is None else rate
-    if issubclass(kind, models.BERTMultipleChoice):
-        return kind(bert, **policy)
-    there = tensors.get("classifier.weight")
-    if num_classes is None and there is None:
-        raise ValueError(f"The file has no classifier; give num_classes for a new {kind.__name__}.")
-    return kind(bert, len(there) if num_classes is None else num_classes, **policy)
+def _modern(tensors):
+    """With the names of new files, without the prefix that all but plain encoders have, and each weight once."""
+    found = {}
+    for name, array in tensors.items():
+        new = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+        new = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", new).removeprefix("bert.")
+        if new in found:
+            raise ValueError(f"{new} is there twice, with its old and with its new name.")
+        found[new] = array
+    found.pop(UNUSED, None)
+    for name, original in TIED.items():
+        twin = found.pop(name, None)
+        if twin is not None and not np.array_equal(twin, found.setdefault(original, twin)):
+            raise ValueError(f"{name} and {original} differ; here they are one weight.")
+    return found
 
 
 def _settings(model, kind):
     """The entries of config.json."""
     encoder = model.encoder
     block = encoder.blocks[0]
+    plain = models.BERTEncoder.block_class
+    if {type(x) for x in encoder.blocks} != {plain} or type(block.attention) is not plain.attention_class:
+        raise ValueError(
+            f"transformers' BERT has blocks like {plain.__name__} with {plain.attention_class.__name__}; this model's "
+            f"are {type(block).__name__} with {type(block.attention).__name__}."
+        )
     named = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     activation = "gelu_tanh" if encoder.activation is gelu_tanh else encoder.activation
     if activation not in named:
@@ -328,9 +195,11 @@ def _settings(model, kind):
     return settings
 
 
-def _labelled(settings):
+def _labelled(settings, model):
     """config.json's two tables of labels, from one."""
     if "id2label" in settings:
-        settings["id2label"] = {str(i): label for i, label in settings["id2label"].items()}
-        settings["label2id"] = {label: int(i) for i, label in settings["id2label"].items()}
+        labels = {str(i): label for i, label in dict(settings["id2label"]).items()}
+        if hasattr(model, "classes") and list(labels) != [str(i) for i in range(model.classes.units)]:
+            raise ValueError(f"id2label must name the classes 0 to {model.classes.units - 1}; got {labels}.")
+        settings |= {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
     return settings

@@ -1,6 +1,7 @@
 """BERT from and to Hugging Face's files: the same numbers as its own library, every tensor accounted for."""
 
 import json
+import types
 import warnings
 
 import ml_dtypes
@@ -12,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from llmfound import models
 from llmfound.convert import from_huggingface, to_huggingface
 from llmfound.data import WordPiece
-from llmfound.testing import assert_close
+from llmfound.layers import PreLNBlock
+from llmfound.testing import assert_close, fixture
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "##c"]
 SIZES = dict(vocab_size=40, num_layers=2, hidden_dim=16, num_heads=2, intermediate_dim=32, max_length=24)
@@ -139,6 +141,20 @@ def test_labels_are_written(tmp_path):
 # Files as they are found
 
 
+def test_check_2_published_numbers_from_a_file(tmp_path):
+    model = small(models.BERTPretraining)
+    to_huggingface(model, tmp_path)
+
+    def published(tensors):
+        return {name: fixture(name, x.shape, norm_scale="LayerNorm.weight" in name).astype("float32")
+                for name, x in tensors.items()}  # fmt: skip
+
+    rewrite(tmp_path, published)
+    found = outputs(from_huggingface(tmp_path))  # masked_lm, next_sentence
+    assert_close(found[0][0, 1, :4], np.array([-1.566828, 0.308941, -2.140584, -0.931315]), 5e-6)
+    assert_close(found[1], np.array([[0.830324, -0.305577], [0.202806, -0.557814]]), 3e-6)
+
+
 def rewrite(folder, edit=lambda tensors: tensors, **config):
     """Other tensors, and other entries of config.json, None for none."""
     tensors = edit(load_file(folder / "model.safetensors"))
@@ -199,6 +215,26 @@ def test_weights_in_parts(folder):
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002.safetensors does not exist; the folder has"):
         from_huggingface(folder)
+    for wrong in ({}, {"weight_map": ["x"]}, {"weight_map": {"x": 1}}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"index.json has no weight_map from tensors to files"):
+            from_huggingface(folder)
+
+
+def test_the_recipe_for_a_file_of_pytorch(folder):
+    torch, of_torch = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
+    before, tensors = from_huggingface(folder).get_weights(), load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    tensors = {name: torch.from_numpy(x.copy()) for name, x in tensors.items()}
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"Of a pytorch_model.bin, PyTorch's users make it by") as error:
+        from_huggingface(folder)
+    lines = "\n".join(line.strip() for line in str(error.value).splitlines()[1:])
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        lines = lines.replace(f"'{name}'", repr(str(folder / name)))
+    exec(lines, {"torch": torch, "safetensors": types.SimpleNamespace(torch=of_torch)})
+    assert_close(from_huggingface(folder).get_weights(), before, 0)
 
 
 def test_another_kind_leaves_heads_out_and_tells(folder):
@@ -213,6 +249,12 @@ def test_another_kind_leaves_heads_out_and_tells(folder):
     assert kernel.std() > 0.005  # as it was initialised
     with pytest.raises(ValueError, match="no classifier; give num_classes for a new BERTClassifier"):
         from_huggingface(folder, models.BERTClassifier)
+
+
+def test_half_a_head_is_none(folder):
+    rewrite(folder, lambda t: {name: x for name, x in t.items() if name != "bert.pooler.dense.bias"})
+    with pytest.raises(ValueError, match=r"pooler.dense.bias is missing, for bert_?\d*/pooler/dense/bias \(16,\)"):
+        from_huggingface(folder, models.BERT)
 
 
 def test_an_encoder_without_a_pooler(tmp_path):
@@ -231,7 +273,9 @@ def test_an_encoder_without_a_pooler(tmp_path):
     (lambda t: t.update({"cls.predictions.bias": np.zeros(41, "float32")}),
      r"masked_lm/bias is \(40,\), which cls.predictions.bias \(41,\) does not fit"),
     (lambda t: t.update({"bert.embeddings.word_embeddings.weight": np.zeros((39, 16), "float32")}),
-     r"token_embedding/embeddings is \(40, 16\), which embeddings.word_embeddings.weight \(39, 16\) does not fit"),
+     r"vocab_size is 40, and embeddings.word_embeddings.weight is \(39, 16\)"),
+    (lambda t: t.update({"embeddings.LayerNorm.weight": np.zeros(16, "float32")}), "LayerNorm.weight is there twice"),
+    (lambda t: t.update({"bert.pooler.dense.bias": np.zeros(16, "int8")}), r"real numbers, and pooler.*bias is int8"),
 ])  # fmt: skip
 def test_tensors_that_do_not_fit(folder, edit, message):
     def edited(tensors):
@@ -250,7 +294,11 @@ def test_tensors_that_do_not_fit(folder, edit, message):
     (dict(hidden_act="mish"), "hidden_act must be one of gelu, .*; got 'mish'"),
     (dict(position_embedding_type="relative_key"), "position_embedding_type='relative_key'"),
     (dict(is_decoder=True, add_cross_attention=True), "no cross-attention can be had; got .*add_cross_attention=True"),
-    (dict(vocab_size=41), r"token_embedding/embeddings is \(41, 16\), which .* \(40, 16\) does not fit"),
+    (dict(vocab_size=10**12), r"vocab_size is 1000000000000, and embeddings.word_embeddings.weight is \(40, 16\)"),
+    (dict(num_hidden_layers=10**9), r"is 1000000000, and encoder.layer.999999999.attention.self.query.weight is missi"),
+    (dict(num_hidden_layers=1), r"encoder.layer.1.attention.output.LayerNorm.bias \(16,\) is not used"),
+    (dict(hidden_size="16"), "hidden_size must be of the kind of 1; got '16'"),
+    (dict(hidden_dropout_prob=[0.1]), r"hidden_dropout_prob must be of the kind of 0.1; got \[0.1\]"),
 ])  # fmt: skip
 def test_configs_that_cannot_be(folder, config, message):
     rewrite(folder, **config)
@@ -283,12 +331,12 @@ def test_files_that_are_missing_or_damaged(folder):
 def test_a_classifier_of_unknown_kind(tmp_path):
     to_huggingface(small(models.BERTClassifier, 2), tmp_path)
     rewrite(tmp_path, architectures=None)
-    with pytest.raises(ValueError, match="architectures do not tell of what: None; give kind=BERTClassifier, BERTTok"):
+    with pytest.raises(ValueError, match="architectures do not tell of what; give kind=BERTClassifier, BERTTok"):
         from_huggingface(tmp_path)
     assert from_huggingface(tmp_path, models.BERTClassifier).classes.units == 2
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_what_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Transformer is none of BERT, BERTPretraining"):
         to_huggingface(models.Transformer(11, 1, 8, 2, 16), tmp_path)
     with pytest.raises(ValueError, match="The activation 'selu' has no name there"):
@@ -296,6 +344,13 @@ def test_what_cannot_be_written(tmp_path):
     large = WordPiece.from_vocabulary([*VOCABULARY, *(f"w{i}" for i in range(40))])
     with pytest.raises(ValueError, match="The tokenizer has 48 pieces, and the model 40"):
         to_huggingface(small(), tmp_path, large)
+    with pytest.raises(ValueError, match=r"id2label must name the classes 0 to 2; got \{'0': 'no', '1': 'yes'\}"):
+        to_huggingface(small(models.BERTClassifier, 3), tmp_path, id2label={0: "no", 1: "yes"})
+    monkeypatch.setattr(models.BERTEncoder, "block_class", PreLNBlock)
+    other = small()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"has blocks like PostLNBlock with .*; this model's are PreLNBlock with"):
+        to_huggingface(other, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,235 @@
+"""What all formats of BERT's checkpoints share: the names of its weights, and a model made of tensors, with a report of
+what went where. Source: the names of Hugging Face's library, and of those files that Google's were converted to."""
+
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+from keras import ops
+
+from llmfound import models
+from llmfound.convert.assign import assign
+
+SIZES = {"vocab_size": "vocab_size", "num_layers": "num_hidden_layers", "hidden_dim": "hidden_size",
+         "num_heads": "num_attention_heads", "intermediate_dim": "intermediate_size"}  # fmt: skip
+REST = {"dropout": ("hidden_dropout_prob", 0.1), "attention_dropout": ("attention_probs_dropout_prob", 0.1),
+        "max_length": ("max_position_embeddings", 512), "num_segments": ("type_vocab_size", 2),
+        "pad_id": ("pad_token_id", 0), "epsilon": ("layer_norm_eps", 1e-12),
+        "causal": ("is_decoder", False)}  # fmt: skip
+TOLD_BY = {"vocab_size": ("encoder/token_embedding/embeddings", 0),
+           "hidden_size": ("encoder/token_embedding/embeddings", 1),
+           "max_position_embeddings": ("encoder/position_embedding/embeddings", 0),
+           "type_vocab_size": ("encoder/segment_embedding/embeddings", 0),
+           "intermediate_size": ("encoder/block_0/feedforward/expand/bias", 0)}  # fmt: skip
+PARTS = {
+    "token_embedding": "embeddings.word_embeddings", "segment_embedding": "embeddings.token_type_embeddings",
+    "position_embedding": "embeddings.position_embeddings", "embedding_norm": "embeddings.LayerNorm",
+    "attention/query": "attention.self.query", "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value", "attention/output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm", "feedforward/expand": "intermediate.dense",
+    "feedforward/contract": "output.dense", "feedforward_norm": "output.LayerNorm", "pooler/dense": "pooler.dense",
+    "masked_lm/dense": "cls.predictions.transform.dense", "masked_lm/norm": "cls.predictions.transform.LayerNorm",
+    "masked_lm": "cls.predictions", "next_sentence": "cls.seq_relationship", "classes": "classifier",
+    "span": "qa_outputs", "score": "classifier",
+}  # fmt: skip
+LAST = {"kernel": "weight", "embeddings": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}
+
+
+@dataclasses.dataclass
+class Conversion:
+    """What went where when a checkpoint was read.
+
+    Attributes:
+        copied: dict, path of each weight of the model that was read -> name of its tensor.
+        new: list of str, paths of the weights that the checkpoint lacks, as they were initialised.
+        left: list of str, names and shapes of the tensors that the model has no place for.
+    """
+
+    copied: dict
+    new: list
+    left: list
+
+    def __str__(self):
+        lines = [f"{len(self.copied)} weights were read"]
+        lines += [f"new, not in the checkpoint: {', '.join(self.new)}"] * bool(self.new)
+        lines += [f"left out of the checkpoint: {', '.join(self.left)}"] * bool(self.left)
+        return "; ".join(lines) + "."
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How one family of files names and lays out the weights.
+
+    Attributes:
+        name: function of a weight's path, such as "encoder/block_0/attention/query/kernel", -> name of its tensor.
+        turned: function of a path -> whether the matrix is (in, out) here and (out, in) there.
+        encoder: tuple of str, what the names of the encoder's tensors begin with.
+    """
+
+    name: Callable
+    turned: Callable
+    encoder: tuple
+
+
+def huggingface_name(path):
+    """The name of a weight's tensor without "bert.".
+
+    Raises:
+        ValueError: if it has none.
+    """
+    *parts, last = path.removeprefix("encoder/").split("/")
+    block = re.fullmatch(r"block_(\d+)", parts[0]) if parts else None
+    part = PARTS.get("/".join(parts[1:] if block else parts))
+    if part is None or last not in LAST:
+        raise ValueError(f"{path} has no name in Hugging Face's BERT.")
+    return f"encoder.layer.{block[1]}.{part}.{LAST[last]}" if block else f"{part}.{LAST[last]}"
+
+
+def paths(model):
+    """{path without the model's own name: variable} of all weights."""
+    return {weight.path.split("/", 1)[1]: weight for weight in model.weights}
+
+
+def read(source, form, tensors, config, kind=None, num_classes=None, dtype=None, classifier=None):
+    """A model made of tensors.
+
+    Args:
+        source: path, for messages.
+        form: Form.
+        tensors: dict, name -> array, in the form's names.
+        config: dict of Hugging Face's entries, and ours for "hidden_act".
+        kind, num_classes, dtype: as in `from_huggingface`.
+        classifier: class of llmfound.models that a head with the name of a classifier belongs to; None if unknown.
+
+    Returns:
+        The model, with its `conversion`.
+
+    Raises:
+        ValueError: as `from_huggingface`.
+    """
+    tensors = {name: x.astype("float32", copy=False) if x.dtype.kind in "fV" else x for name, x in tensors.items()}
+    _check_sizes(source, form, tensors, config)
+    strict = kind is None
+    model = _model(kind or _kind(source, form, tensors, classifier), form, tensors, config, num_classes, dtype)
+    weights = paths(model)
+    table = {path: form.name(path) for path in weights}
+    used = {name: tensors[name].dtype for name in table.values() if name in tensors}
+    whole = [f"{name} is {dtype}" for name, dtype in used.items() if dtype.kind != "f"]
+    if whole:
+        raise ValueError(f"{source}: weights must be real numbers, and {'; '.join(whole[:5])}.")
+    left, new, kept = [], [], {}
+    if not strict:
+        left = [name for name in tensors if name not in table.values() and not name.startswith(form.encoder)]
+        there = {"encoder", *(_head(path) for path, name in table.items() if name in tensors)}
+        new = sorted(path for path in table if _head(path) not in there)
+        kept = {path: ops.convert_to_numpy(weights[path]) for path in new}
+    entries = {path: ((name,), np.transpose if form.turned(path) else np.asarray) for path, name in table.items()}
+    assign(model, {**tensors, **kept}, {**entries, **{path: path for path in kept}}, ignore=left)
+    copied = {path: name for path, name in table.items() if path not in kept}
+    model.conversion = Conversion(copied, new, [f"{name} {tensors[name].shape}" for name in left])
+    if new or left:
+        warnings.warn(f"{source}: {model.conversion}", stacklevel=3)
+    return model
+
+
+def read_json(path):
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: if it is missing; what is there is named.
+        ValueError: if it is something else.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; {listing(path.parent)}.")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object, but {str(found)[:40]}.")
+    return found
+
+
+def read_config(path, activations):
+    """The entries of a config.json or bert_config.json, "hidden_act" as our name of it.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is not JSON, lacks sizes, or has an entry that cannot be.
+    """
+    config = read_json(path)
+    missing = [name for name in SIZES.values() if name not in config]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    for name, default in [*((name, 1) for name in SIZES.values()), *REST.values()]:
+        value = config.setdefault(name, default)
+        right = type(value) in (int, float) if type(default) is float else type(value) is type(default)
+        if not right and (name, value) != ("pad_token_id", None):
+            raise ValueError(f"{path}: {name} must be of the kind of {default!r}; got {value!r}.")
+    if config.setdefault("hidden_act", "gelu") not in activations:
+        raise ValueError(f"hidden_act must be one of {', '.join(activations)}; got {config['hidden_act']!r}.")
+    return {**config, "hidden_act": activations[config["hidden_act"]]}
+
+
+def listing(folder):
+    """What a folder has, in words."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    return f"the folder has {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
+
+
+def _head(path):
+    return path.partition("/")[0]
+
+
+def _check_sizes(source, form, tensors, config):
+    """Before a model of these sizes is made."""
+    for entry, (path, axis) in TOLD_BY.items():
+        name = form.name(path)
+        if name in tensors and (tensors[name].ndim <= axis or tensors[name].shape[axis] != config[entry]):
+            raise ValueError(f"{source}: {entry} is {config[entry]}, and {name} is {tensors[name].shape}.")
+    last = form.name(f"encoder/block_{config['num_hidden_layers'] - 1}/attention/query/kernel")
+    if config["num_hidden_layers"] > 0 and last not in tensors:
+        raise ValueError(f"{source}: num_hidden_layers is {config['num_hidden_layers']}, and {last} is missing.")
+
+
+def _kind(source, form, tensors, classifier):
+    """The class of the model that has these tensors."""
+
+    def there(path):
+        return form.name(path) in tensors
+
+    if there("span/kernel"):
+        return models.BERTQuestionAnswering
+    if there("masked_lm/bias") or there("next_sentence/kernel"):
+        return models.BERTPretraining
+    if there("classes/kernel") and classifier is None:
+        raise ValueError(
+            f"{source}: there is a classifier, and config.json's architectures do not tell of what; give "
+            "kind=BERTClassifier, BERTTokenClassifier or BERTMultipleChoice."
+        )
+    return classifier if there("classes/kernel") else models.BERT
+
+
+def _model(kind, form, tensors, config, num_classes, dtype):
+    options = {ours: config[theirs] for ours, theirs in SIZES.items()}
+    options |= {ours: config[theirs] for ours, (theirs, _) in REST.items()}
+    options["pad_id"] = options["pad_id"] or 0
+    bert, policy = models.BERT(**options, activation=config["hidden_act"], dtype=dtype), dict(dtype=dtype)
+    if issubclass(kind, models.BERT):
+        return bert
+    if issubclass(kind, models.BERTPretraining):
+        return kind(bert, next_sentence=form.name("next_sentence/kernel") in tensors, **policy)
+    if issubclass(kind, models.BERTQuestionAnswering):
+        return kind(bert, **policy)
+    rate = config.get("classifier_dropout")
+    policy["dropout"] = options["dropout"] if rate is None else rate
+    if issubclass(kind, models.BERTMultipleChoice):
+        return kind(bert, **policy)
+    there = tensors.get(form.name("classes/kernel"))
+    if num_classes is None and there is None:
+        raise ValueError(f"The file has no classifier; give num_classes for a new {kind.__name__}.")
+    return kind(bert, len(there) if num_classes is None else num_classes, **policy)
