@@ -50,9 +50,12 @@ def matthews_correlation(labels, predictions):
 
 def pearson(labels, predictions):
     """The correlation of two series of numbers, float from -1 to 1; nan where either is constant. Errors: as `f1`."""
-    x, y = (values - values.mean() for values in _pair(labels, predictions, float))
-    below = np.sqrt((x @ x) * (y @ y))
-    return float(np.clip(x @ y / below, -1, 1)) if below > 0 else float("nan")
+    x, y = _pair(labels, predictions, float)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:  # exact, where the squares of what is left by the mean's rounding are not
+        return float("nan")
+    x, y = (values - values.mean() for values in (x, y))
+    x, y = (values / np.abs(values).max() for values in (x, y))  # squares of small values would be 0
+    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
 
 
 def spearman(labels, predictions):
