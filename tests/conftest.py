@@ -16,6 +16,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import keras  # noqa: E402  reads the environment
 import pytest  # noqa: E402
+from hypothesis import Phase, settings  # noqa: E402
+
+# Generated cases are the same in every run, so that a change fails for what it changed, and nothing of them is kept on
+# disk. To explain a failure takes a hundred times as long as to find it, so that phase is left out.
+phases = (Phase.explicit, Phase.generate, Phase.shrink)
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, phases=phases)
+settings.load_profile("repeatable")
 
 if keras.backend.backend() != "tensorflow":
     sys.modules["tensorflow"] = None  # makes `import tensorflow` fail: nothing may need it on another backend

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmfound.data import Tokenizer, TranslationBatches, WindowedBatches, batching, pad
@@ -75,7 +75,6 @@ words = st.text("abcdefgh", max_size=30)
     batch_size=st.none() | st.integers(1, 9),
     shuffle=st.booleans(),
 )
-@settings(deadline=None)
 def test_every_pair_once_in_few_shapes(pairs, num_buckets, batch_tokens, batch_size, shuffle):
     batches = TranslationBatches(
         pairs, Letters(), None, batch_tokens, batch_size, num_buckets=num_buckets, shuffle=shuffle
@@ -102,7 +101,6 @@ def test_every_pair_once_in_few_shapes(pairs, num_buckets, batch_tokens, batch_s
     num_buckets=st.integers(1, 3),
     batch_size=st.none() | st.integers(1, 4),
 )
-@settings(deadline=None)
 def test_buckets_are_the_best_of_all_chains(lengths, num_buckets, batch_size):
     source, target = np.array(lengths).T
     budget = batching._Budget(12, batch_size)
@@ -373,7 +371,6 @@ def contents_of(x, labels):
     shuffle=st.booleans(),
     epoch=st.integers(0, 3),
 )
-@settings(deadline=None)
 def test_windowed_batches_are_as_long_as_they_must_be(pairs, batch_size, window, length_multiple, shuffle, epoch):
     batches = WindowedBatches(pairs, Letters(), None, batch_size, window, length_multiple, shuffle=shuffle)
     batches.epoch = epoch

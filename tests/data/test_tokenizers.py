@@ -49,7 +49,6 @@ def examples(test):
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @examples
 @given(text=ANY_TEXT)
-@settings(deadline=None)
 def test_any_text_survives_up_to_nfc(kind, text):
     tokenizer = KINDS[kind]
     ids = tokenizer.encode(text)
@@ -61,7 +60,6 @@ def test_any_text_survives_up_to_nfc(kind, text):
 @pytest.mark.parametrize("kind", ["wordpiece", "word"])
 @examples
 @given(text=ANY_TEXT)
-@settings(deadline=None)
 def test_what_is_unknown_is_no_error(kind, text):
     tokenizer = KINDS[kind]
     ids = tokenizer.encode(text)
@@ -165,7 +163,7 @@ def test_many_equals_are_ordered_the_same_every_time():
 @pytest.mark.parametrize("lowercase", [False, True])
 @examples
 @given(text=ANY_TEXT)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_pieces_are_parts_of_the_text_one_for_each_id(kind, lowercase, text):
     tokenizer = lowered(kind) if lowercase else KINDS[kind]
     pieces = tokenizer.pieces(text)

@@ -1,20 +1,11 @@
-"""How many cases a property gets: a few in `make test`, and in `make test-slow` over 1,000 for each file.
-
-The cases are the same in every run, and nothing of them is kept on disk.
-"""
+"""How many cases a property gets: a few in `make test`, and in `make test-slow` over 1,000 for each file."""
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import settings
 
 FEW, MANY = 25, 250  # for each property
-PHASES = (
-    Phase.explicit,
-    Phase.generate,
-    Phase.shrink,
-)  # to explain a failure takes a hundred times as long as to find it
-COMMON = dict(deadline=None, derandomize=True, database=None, phases=PHASES)
-settings.register_profile("few", max_examples=FEW, **COMMON)
-settings.register_profile("many", max_examples=MANY, **COMMON)
+settings.register_profile("few", settings.get_profile("repeatable"), max_examples=FEW)
+settings.register_profile("many", settings.get_profile("repeatable"), max_examples=MANY)
 
 
 def is_slow_run(config):
