@@ -17,7 +17,8 @@ its product and `lstm` likewise;
 into a cache of {length} for {sentences} sentences, `top_k` the 8 largest of {batch} x {vocabulary} logits, `unfold`
 {length} steps of a recurrence, `compiled` a Transformer of one layer, `dense` from width {head_dim} to itself,
 `layer_norm`, `split_heads`, `join_heads` and `dot_product_attention` (over {length} keys) for one position of
-{sentences} sentences and {heads} heads of {head_dim}, all forward alone; `fast_matmul` for ({batch}, {dim}) x ({dim},
+{sentences} sentences and {heads} heads of {head_dim}, all forward alone; `attention_weights` of {length} queries and as
+many keys, the last two of them padding, for as many sentences and heads; `fast_matmul` for ({batch}, {dim}) x ({dim},
 {inner}); `update_if` an `adam_update` that is not wanted, `differentiate` two products of ({batch}, {dim}) with their
 gradients, without that of the first weights. The reference of the recurrences is unrolled where it is compiled.
 
@@ -220,6 +221,12 @@ def join_heads(kernel, sizes):
     return forward(kernel, heads(sizes, 1))
 
 
+def attention_weights(kernel, sizes):
+    mask = ops.convert_to_tensor(np.arange(sizes["length"]) < sizes["length"] - 2)
+    run = lambda query, key: kernel(query, key, mask[None, None, None])  # noqa: E731
+    return forward_and_backward(run, *[heads(sizes, sizes["length"]) for _ in range(2)])
+
+
 def dot_product_attention(kernel, sizes):
     return forward(kernel, heads(sizes, 1), *[heads(sizes, sizes["length"]) for _ in range(2)])
 
@@ -277,8 +284,8 @@ def fast_matmul(kernel, sizes):
 
 
 CASES = [
-    dense, layer_norm, split_heads, join_heads, dot_product_attention, dropout, token_cross_entropy, adam_update, write,
-    top_k, unfold, compiled, fast_matmul, embed, additive_scores, recurrence, gru, lstm,
+    dense, layer_norm, split_heads, join_heads, attention_weights, dot_product_attention, dropout, token_cross_entropy,
+    adam_update, write, top_k, unfold, compiled, fast_matmul, embed, additive_scores, recurrence, gru, lstm,
     update_if, differentiate,
 ]  # fmt: skip
 

@@ -73,6 +73,10 @@ def feed_forward():
     return llmfound.layers.FeedForward(8, 12, "gelu")
 
 
+def dense():
+    return llmfound.layers.Dense(5, "gelu")
+
+
 def embedding():
     return llmfound.layers.Embedding(11, 4, mask_zero=True)
 
@@ -218,6 +222,7 @@ CASES = {
         make=masked_lm_head,
         inputs=(X, np.array([[0, 2], [1, 1], [6, 0]], "int32"), np.linspace(-1, 1, 88, dtype="float32").reshape(11, 8)),
     ),
+    "Dense": dict(make=dense, inputs=(X,)),
     "Embedding": dict(make=embedding, inputs=(IDS,)),
     "Maxout": dict(make=maxout, inputs=(X,)),
     "GatedRecurrence": dict(make=gated_recurrence, inputs=MASKED, mask="mask"),

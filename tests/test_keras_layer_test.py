@@ -61,6 +61,12 @@ CASES = {
         dict(shape=(2, 4, 8), dtype="float32", weights=0, seeds=1, masking=True),
         None,
     ),
+    "Dense": (
+        dict(units=3, activation="gelu"),
+        dict(inputs=X),
+        dict(shape=(2, 4, 3), dtype="float32", weights=2, seeds=0, masking=True),
+        None,
+    ),
     "Embedding": (
         dict(input_dim=11, output_dim=3, mask_zero=True),
         dict(inputs=POSITIONS),

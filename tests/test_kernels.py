@@ -310,6 +310,36 @@ def test_token_cross_entropy_of_large_logits_is_finite(body, smoothing):
     assert_close(loss, exact, 1e-4)  # the difference of two numbers near 1e4, in float32
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_token_cross_entropy_of_a_large_vocabulary(smoothing):
+    """So large that the native body of torch takes three rows at a time, and the last alone."""
+    logits, labels = 3 * random(7, 70_000), ops.convert_to_tensor(np.arange(7) * 11_000)
+    losses, found = [], []
+    for body in (kernels.token_cross_entropy, reference.token_cross_entropy):
+        losses.append(body(ops.convert_to_tensor(logits), labels, smoothing))
+        found.append(gradients(lambda z, body=body: body(z, labels, smoothing), logits)[0])
+    assert_close(losses[0], losses[1], 1e-5)
+    assert_close(found[0], found[1], 1e-6)
+
+
+@pytest.mark.parametrize("body", bodies("token_cross_entropy"))
+def test_token_cross_entropy_of_no_tokens(body):
+    assert body(ops.zeros((0, 5)), ops.zeros((0,), "int32")).shape == (0,)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the other backends differentiate their own gradients")
+def test_the_gradient_of_token_cross_entropy_can_be_differentiated():
+    logits, labels = ops.convert_to_tensor(3 * random(3, 5)).requires_grad_(), ops.convert_to_tensor([0, 4, 2])
+    second = []
+    for body in (kernels.token_cross_entropy, reference.token_cross_entropy):
+        body(logits, labels, 0.1).sum().backward(create_graph=True)
+        first, logits.grad = logits.grad, None
+        ops.sum(ops.square(first)).backward()
+        second.append(numpy(logits.grad))
+        logits.grad = None
+    assert_close(second[0], second[1], 1e-5)
+
+
 # Adam
 
 

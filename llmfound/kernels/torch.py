@@ -13,6 +13,7 @@ __all__ = [
     "layer_norm",
     "split_heads",
     "join_heads",
+    "attention_weights",
     "dot_product_attention",
     "dropout",
     "token_cross_entropy",
@@ -61,14 +62,27 @@ def join_heads(x):
     return x.transpose(1, 2).reshape(batch, length, heads * dim)
 
 
-def dot_product_attention(query, key, value, mask=None, bias=None):
-    """torch's own calls; on a CPU, its fused attention takes longer."""
+def attention_weights(query, key, mask=None, bias=None):
+    """torch's own calls, the mask added: on a CPU to choose between two tensors takes seven times as long."""
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2)).float()
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        scores = torch.where(mask, scores, reference.MASKED)
-    return torch.matmul(torch.softmax(scores, -1).to(value.dtype), value)
+        small = scores.device.type == "cpu" and 2 * mask.numel() <= scores.numel() and not _traced()
+        if small and bool(mask.any(-1).all()):  # a row with nothing to see has no gradient, but would get one here
+            scores.add_(torch.where(mask, 0.0, reference.MASKED))  # so large that a score leaves no trace in the sum
+        else:
+            scores = torch.where(mask, scores, reference.MASKED)
+    return torch.softmax(scores, -1)
+
+
+def _traced():
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def dot_product_attention(query, key, value, mask=None, bias=None):
+    """torch's own calls; on a CPU, its fused attention takes longer."""
+    return torch.matmul(attention_weights(query, key, mask, bias).to(value.dtype), value)
 
 
 def dropout(x, rate, seed):
@@ -82,17 +96,69 @@ def dropout(x, rate, seed):
     generator = torch.Generator().manual_seed(mixed >> 32)  # of a seed, torch's CPU generator reads only 32 bits
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     dropped = min(round(rate * 2**16), 2**16 - 1)
-    keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return torch.ops.aten.native_dropout_backward(x, keep, 2**16 / (2**16 - dropped))  # x * keep * scale
+    keep = torch.empty(x.shape, dtype=torch.int8)  # torch multiplies by it five times as fast as by a bool
+    torch.ge(words.view(torch.int16)[: x.numel()].view(x.shape), dropped - 2**15, out=keep)
+    return _Dropped.apply(x, keep, 2**16 / (2**16 - dropped))
+
+
+class _Dropped(torch.autograd.Function):
+    """x keep scale, which keeps one byte an element for the way back."""
+
+    @staticmethod
+    def forward(ctx, x, keep, scale):
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return torch.mul(x, keep).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Dropped.apply(gradient, *ctx.saved_tensors, ctx.scale), None, None
 
 
 def token_cross_entropy(logits, labels, smoothing=0.0):
-    """torch's own fused loss; see `reference.token_cross_entropy`."""
-    classes = logits.shape[-1]
-    loss = torch.nn.functional.cross_entropy(
-        logits.reshape(-1, classes).float(), labels.reshape(-1).long(), reduction="none", label_smoothing=smoothing
-    )
-    return loss.reshape(labels.shape)
+    """torch's own fused loss, and on a CPU one that stays in the cache; see `reference.token_cross_entropy`."""
+    classes, shape = logits.shape[-1], labels.shape
+    logits, labels = logits.reshape(-1, classes).float(), labels.reshape(-1).long()
+    if logits.device.type != "cpu":
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    else:
+        loss = _CrossEntropy.apply(logits, labels, smoothing)
+    return loss.reshape(shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """A few rows of logits at a time, and of what is as large as they are nothing but their gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, smoothing):
+        ctx.save_for_backward(logits, labels)
+        ctx.smoothing = smoothing
+        losses = []
+        for rows, chosen in _chunks(logits, labels):
+            log_p = torch.log_softmax(rows, -1)
+            loss = log_p.gather(1, chosen)[:, 0] * (smoothing - 1)
+            losses.append(loss - smoothing * log_p.mean(-1) if smoothing else loss)
+        return torch.cat(losses) if losses else logits.sum(-1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, labels = ctx.saved_tensors
+        if torch.is_grad_enabled():  # someone will differentiate the gradient
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=ctx.smoothing)
+            return *torch.autograd.grad(loss, logits, gradient, create_graph=True), None, None
+        found = torch.empty_like(logits)
+        for rows, chosen, part, weights in _chunks(logits, labels, found, gradient[:, None]):
+            torch.softmax(rows, -1, out=part)
+            if ctx.smoothing:
+                part.sub_(ctx.smoothing / logits.shape[-1])
+            part.scatter_add_(1, chosen, torch.full_like(chosen, ctx.smoothing - 1, dtype=part.dtype)).mul_(weights)
+        return found, None, None
+
+
+def _chunks(logits, labels, *others):
+    """Rows of logits that a cache holds, 1 MB, with their labels, (rows, 1), and their rows of the others."""
+    rows = max(1, 2**18 // logits.shape[-1])
+    return zip(*(x.split(rows) for x in (logits, labels[:, None], *others)))
 
 
 def adam_update(variable, gradient, momentum, velocity, learning_rate, step, beta_1, beta_2, epsilon):
@@ -407,8 +473,7 @@ def _to_the_front(x, mask, reverse):
     """
     if reverse:
         x, mask = x.flip(1), None if mask is None else mask.flip(1)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if mask is None or (mask.device.type == "cpu" and not traced and bool(mask.all())):
+    if mask is None or (mask.device.type == "cpu" and not _traced() and bool(mask.all())):
         return x, None, None
     mask = mask.to(torch.bool)
     order = torch.argsort(~mask, dim=1, stable=True)

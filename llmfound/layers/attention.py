@@ -1,10 +1,11 @@
 """Attention: additive (Bahdanau et al. 2015) and multi-head scaled dot-product (Vaswani et al. 2017)."""
 
-from keras import layers, ops
+from keras import ops
 
 from llmfound import kernels
 from llmfound.base import Layer, fresh, lean
 from llmfound.layers.dropout import Dropout
+from llmfound.layers.feedforward import Dense
 from llmfound.ops import attention_mask, masked_softmax
 
 
@@ -42,13 +43,9 @@ class AdditiveAttention(Layer):
         if units <= 0:
             raise ValueError(f"units must be positive; got {units}.")
         policy = dict(dtype=self.dtype_policy)
-        self.query = layers.Dense(
-            units, use_bias=False, kernel_initializer=fresh(kernel_initializer), name="query", **policy
-        )
-        self.key = layers.Dense(
-            units, use_bias=use_bias, kernel_initializer=fresh(kernel_initializer), name="key", **policy
-        )
-        self.score = layers.Dense(1, use_bias=False, kernel_initializer=score_initializer, name="score", **policy)
+        self.query = Dense(units, use_bias=False, kernel_initializer=fresh(kernel_initializer), name="query", **policy)
+        self.key = Dense(units, use_bias=use_bias, kernel_initializer=fresh(kernel_initializer), name="key", **policy)
+        self.score = Dense(1, use_bias=False, kernel_initializer=score_initializer, name="score", **policy)
         self.dropout = Dropout(dropout, name="dropout", **policy)
         self.supports_masking = True
 
@@ -124,7 +121,7 @@ class MultiHeadAttention(Layer):
         self.causal = causal
         inner = self.num_heads * self.head_dim
         self.query, self.key, self.value, self.merge = (
-            layers.Dense(width, use_bias=use_bias, kernel_initializer=fresh(kernel_initializer), name=name,
+            Dense(width, use_bias=use_bias, kernel_initializer=fresh(kernel_initializer), name=name,
                          dtype=self.dtype_policy)
             for name, width in (("query", inner), ("key", inner), ("value", inner), ("output", hidden_dim))
         )  # fmt: skip

@@ -2,7 +2,23 @@
 
 from keras import layers, ops
 
-from llmfound.base import Layer, fresh, lean
+from llmfound import kernels
+from llmfound.base import Configured, Layer, fresh, lean
+
+
+class Dense(Configured, layers.Dense):
+    """keras.layers.Dense whose product and bias are one call where the framework has one (`kernels.dense`).
+
+    Arguments, weights and results are Keras's.
+    """
+
+    def call(self, inputs, training=None):
+        if self.quantization_mode is not None:
+            return super().call(inputs, training=training)
+        return self.activation(kernels.dense(inputs, self.kernel, self.bias))
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        return super().quantize(mode, type_check=False, config=config)  # Keras refuses its subclasses otherwise
 
 
 class FeedForward(Layer):
@@ -33,12 +49,10 @@ class FeedForward(Layer):
                 f"hidden_dim and intermediate_dim must be positive; got {hidden_dim} and {intermediate_dim}."
             )
         policy = dict(dtype=self.dtype_policy)
-        self.expand = layers.Dense(
+        self.expand = Dense(
             intermediate_dim, activation, kernel_initializer=fresh(kernel_initializer), name="expand", **policy
         )
-        self.contract = layers.Dense(
-            hidden_dim, kernel_initializer=fresh(kernel_initializer), name="contract", **policy
-        )
+        self.contract = Dense(hidden_dim, kernel_initializer=fresh(kernel_initializer), name="contract", **policy)
         self.supports_masking = True
 
     def call(self, x):

@@ -7,6 +7,7 @@ from keras import activations, initializers, layers, ops
 from llmfound import kernels
 from llmfound.base import Layer
 from llmfound.layers.dropout import Dropout
+from llmfound.layers.feedforward import Dense
 from llmfound.ops import concat_pool, gather_positions
 
 
@@ -58,7 +59,7 @@ class MaskedLMHead(Head):
             self.activation = activations.get(activation)
         policy = dict(dtype=self.dtype_policy)
         initializer = kernel_initializer or initializers.TruncatedNormal(stddev=0.02)
-        self.dense = layers.Dense(hidden_dim, kernel_initializer=initializer, name="dense", **policy)
+        self.dense = Dense(hidden_dim, kernel_initializer=initializer, name="dense", **policy)
         self.norm = layers.LayerNormalization(epsilon=epsilon, name="norm", **policy)
 
     def build(self, x_shape, masked_positions_shape=None, embeddings_shape=None):
@@ -76,8 +77,7 @@ class MaskedLMHead(Head):
                 f"got {tuple(embeddings.shape)}."
             )
         x = self.norm(self.activation(self.dense(gather_positions(x, masked_positions))))
-        logits = ops.matmul(ops.cast(x, "float32"), ops.transpose(ops.cast(embeddings, "float32")))
-        return logits + self.bias
+        return tied_logits(x, embeddings, self.bias)
 
 
 class LanguageModelHead(Layer):
@@ -118,8 +118,13 @@ class LanguageModelHead(Layer):
                 f"embeddings must be (vocab_size, dim) = ({self.vocab_size}, {x.shape[-1]}); "
                 f"got {tuple(embeddings.shape)}."
             )
-        embeddings = ops.cast(ops.convert_to_tensor(embeddings), "float32")
-        return kernels.dense(ops.cast(x, "float32"), ops.transpose(embeddings), self.bias)
+        return tied_logits(x, embeddings, self.bias)
+
+
+def tied_logits(x, embeddings, bias):
+    """x E^T + bias in float32, where E is the matrix of an embedding, (vocab_size, dim)."""
+    embeddings = ops.cast(ops.convert_to_tensor(embeddings), "float32")
+    return kernels.dense(ops.cast(x, "float32"), ops.transpose(embeddings), bias)
 
 
 class PoolingClassifierHead(Head):
@@ -158,10 +163,10 @@ class PoolingClassifierHead(Head):
         norm = dict(momentum=0.9, epsilon=1e-5, **policy)
         self.norm = layers.BatchNormalization(name="norm", **norm)
         self.dropout = Dropout(dropout, name="dropout", **policy)
-        self.hidden = layers.Dense(hidden_dim, "relu", name="hidden", **policy)
+        self.hidden = Dense(hidden_dim, "relu", name="hidden", **policy)
         self.hidden_norm = layers.BatchNormalization(name="hidden_norm", **norm)
         self.hidden_dropout = Dropout(hidden_dropout, name="hidden_dropout", **policy)
-        self.output_classes = layers.Dense(num_classes, name="output_classes", dtype="float32")
+        self.output_classes = Dense(num_classes, name="output_classes", dtype="float32")
 
     def call(self, x, mask=None, training=None):
         x = self.norm(concat_pool(x, mask), training=training)
@@ -188,7 +193,7 @@ class FirstTokenPooler(Head):
 
     def __init__(self, hidden_dim, kernel_initializer="glorot_uniform", **kwargs):
         super().__init__(**kwargs)
-        self.dense = layers.Dense(
+        self.dense = Dense(
             hidden_dim, "tanh", kernel_initializer=kernel_initializer, name="dense", dtype=self.dtype_policy
         )
 

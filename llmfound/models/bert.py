@@ -6,7 +6,7 @@ Understanding", and the authors' code."""
 from keras import initializers, layers, ops
 
 from llmfound.base import Layer, Model
-from llmfound.layers import Dropout, Embedding, FirstTokenPooler, MaskedLMHead, PositionEmbedding, PostLNBlock
+from llmfound.layers import Dense, Dropout, Embedding, FirstTokenPooler, MaskedLMHead, PositionEmbedding, PostLNBlock
 from llmfound.ops import gelu_tanh, padding_mask
 
 EPSILON = 1e-12
@@ -106,7 +106,7 @@ class _OnEncoder(Model):
             )
 
     def head(self, units, name):
-        return layers.Dense(units, kernel_initializer=normal(), name=name, dtype="float32")
+        return Dense(units, kernel_initializer=normal(), name=name, dtype="float32")
 
     def input_signature(self):
         return {"token_ids": (None,)}

@@ -8,7 +8,7 @@ from keras import layers, ops
 
 from llmfound import kernels
 from llmfound.base import Model, lean
-from llmfound.layers import AdditiveAttention, Dropout, Embedding, GatedRecurrence, Maxout
+from llmfound.layers import AdditiveAttention, Dense, Dropout, Embedding, GatedRecurrence, Maxout
 from llmfound.ops import masked_softmax, padding_mask
 
 ORDERINGS = ("groundhog", "appendix", "eq4")
@@ -83,13 +83,13 @@ class RNNsearch(Model):
         self.make_encoder(hidden_dim, use_bias)
         self.make_decoder(hidden_dim, attention_dim, use_bias)
         self.make_readout(maxout_dim, embedding_dim, use_bias)
-        self.output_words = layers.Dense(target_vocab_size, use_bias=use_bias, kernel_initializer=normal(0.01),
+        self.output_words = Dense(target_vocab_size, use_bias=use_bias, kernel_initializer=normal(0.01),
                                          name="output_words", dtype="float32")  # fmt: skip
         self.dropout = Dropout(dropout, name="dropout", **policy)
 
     def dense(self, name, units, activation=None, use_bias=False):
         """A product as the paper starts it. Source: appendix B.1."""
-        return layers.Dense(units, activation, use_bias, normal(0.01), name=name, dtype=self.dtype_policy)
+        return Dense(units, activation, use_bias, normal(0.01), name=name, dtype=self.dtype_policy)
 
     def gated(self, name, units, **options):
         """A gated recurrence as the paper starts it. Source: appendix B.1."""

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from llmfound.layers import (
+    Dense,
     Dropout,
     Embedding,
     FeedForward,
@@ -56,6 +57,29 @@ def test_the_mask_of_an_embedding_is_passed_on(layer):
     token_ids = np.array([[1, 2, 0, 0], [4, 3, 2, 0]], "int32")
     x = keras.layers.Embedding(5, 8, mask_zero=True)(token_ids)
     np.testing.assert_array_equal(numpy(Asked()(layer(x))), token_ids != 0)
+
+
+# Dense
+
+
+def test_dense_is_keras_dense_also_after_lora_and_quantization():
+    x, layer, other = fixture("x", (2, 3, 4)), Dense(5, "gelu"), keras.layers.Dense(5, "gelu")
+    for one in (layer, other):
+        one.build((None, 3, 4))
+    other.set_weights(layer.get_weights())
+    assert_close(layer(x), other(x), 1e-6)
+    for one in (layer, other):
+        one.enable_lora(2)
+        one.lora_kernel_b.assign(np.ones((2, 5)))
+    other.lora_kernel_a.assign(layer.lora_kernel_a)
+    assert_close(layer(x), other(x), 1e-6)
+    for one in (layer, other):
+        one.quantize("int8")
+    assert_close(layer(x), other(x), 1e-6)
+
+
+def test_check_dense():
+    check_layer(lambda: Dense(5, "gelu"), {"inputs": fixture("x", (2, 3, 4))}, expected_shape=(2, 3, 5))
 
 
 # Embedding
