@@ -6,10 +6,10 @@ How fast are ours beside Hugging Face transformers and KerasHub, one text at a t
 import numpy as np
 from harness import Experiment, System, main
 
-TEXT = """One call gives the pooled vectors of {batch} texts of 64 pieces without padding, from NumPy to NumPy; BERT-base,
-vocabulary 30522. "oneDNN" is the same system after `torch.set_float32_matmul_precision("medium")`, which is what
-`llmfound.kernels.fast_matmul()` sets. Keras models run by `predict_on_batch`, transformers in `torch.inference_mode()`.
-sentences/s are 1000 `batch` / fastest; the column tokens/s counts the pieces."""
+TEXT = """One call gives the pooled vectors of {batch} texts of 64 pieces without padding, from NumPy to NumPy;
+BERT-base, vocabulary 30522. "oneDNN" is the same system after `torch.set_float32_matmul_precision("medium")`, which is
+what `llmfound.kernels.fast_matmul()` sets. Keras models run by `predict_on_batch`, transformers in
+`torch.inference_mode()`. sentences/s are 1000 `batch` / fastest; the column tokens/s counts the pieces."""
 SIZES = dict(vocabulary=30522, layers=12, dim=768, heads=12, length=64)
 SMOKE = dict(vocabulary=100, layers=1, dim=32, heads=2, length=8)
 
