@@ -15,7 +15,8 @@ those; `recurrence`, a tanh unit of width {dim} over {length} positions of {sent
 its product and `lstm` likewise;
 `additive_scores` of {length} queries and {length} keys of width {dim} for {sentences} sentences; `write` of one token
 into a cache of {length} for {sentences} sentences, `top_k` the 8 largest of {batch} x {vocabulary} logits, `unfold`
-{length} steps of a recurrence, `compiled` a Transformer of one layer, `dense` from width {head_dim} to itself,
+{length} steps of a recurrence, `compiled` a Transformer of one layer, `direct_call` a FeedForward layer of width
+{head_dim}, `dense` from width {head_dim} to itself,
 `layer_norm`, `split_heads`, `join_heads` and `dot_product_attention` (over {length} keys) for one position of
 {sentences} sentences and {heads} heads of {head_dim}, all forward alone; `attention_weights` of {length} queries and as
 many keys, the last two of them padding, for as many sentences and heads; `fast_matmul` for ({batch}, {dim}) x ({dim},
@@ -260,6 +261,15 @@ def compiled(kernel, sizes):
     return lambda: run({"source_ids": token_ids, "target_ids": token_ids})
 
 
+def direct_call(kernel, sizes):
+    from llmfound.layers import FeedForward
+
+    layer, x = FeedForward(sizes["head_dim"], sizes["head_dim"]), position(sizes)[..., : sizes["head_dim"]]
+    layer(x)
+    call = lambda x: keras.layers.Layer.__call__(layer, x)  # noqa: E731  the full call
+    return forward(lambda x: layer.call(x) if kernel(layer, x) else call(x), x)
+
+
 def call_model(model, inputs):
     return model(inputs)
 
@@ -285,8 +295,8 @@ def fast_matmul(kernel, sizes):
 
 CASES = [
     dense, layer_norm, split_heads, join_heads, attention_weights, dot_product_attention, dropout, token_cross_entropy,
-    adam_update, write, top_k, unfold, compiled, fast_matmul, embed, additive_scores, recurrence, gru, lstm,
-    update_if, differentiate,
+    adam_update, write, top_k, unfold, compiled, direct_call, fast_matmul, embed, additive_scores, recurrence, gru,
+    lstm, update_if, differentiate,
 ]  # fmt: skip
 
 

@@ -59,9 +59,22 @@ def fresh(initializer):
     return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
 
 
+class Direct:
+    """A layer of one tensor that leaves out Keras's bookkeeping where `kernels.direct_call` says it may."""
+
+    def __call__(self, *args, **kwargs):
+        if len(args) == 1 and not kwargs and self.built and _plain(self) and kernels.direct_call(self, args[0]):
+            return self.call(args[0])
+        return super().__call__(*args, **kwargs)
+
+
+def _plain(layer):
+    return layer.compute_dtype == layer.variable_dtype and layer.quantization_mode is None
+
+
 def lean(layer, x):
     """layer(x) without Keras's bookkeeping, 0.1 ms a call, for decoding loops; the full call where it is needed."""
-    if layer.compute_dtype != layer.variable_dtype or layer.quantization_mode is not None:
+    if not _plain(layer):
         return layer(x)
     if type(layer) is keras.layers.LayerNormalization and layer.axis == [-1] and not layer.rms_scaling:
         return kernels.layer_norm(x, layer.gamma, layer.beta, layer.epsilon)

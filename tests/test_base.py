@@ -11,7 +11,7 @@ from keras import ops
 
 import llmfound
 from llmfound.base import lean
-from llmfound.layers import FeedForward
+from llmfound.layers import Dense, FeedForward
 from llmfound.testing import assert_close, fixture
 
 X = fixture("x", (2, 4, 8)).astype("float32")
@@ -406,6 +406,31 @@ def test_lean_gives_what_the_full_call_gives(make):
     layer = make()
     expected = layer(X)
     assert_close(lean(layer, ops.convert_to_tensor(X)), expected, tolerance=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the other backends compile")
+@pytest.mark.parametrize("make", [lambda: Dense(8, "gelu"), lambda: FeedForward(8, 6)])
+def test_without_gradients_torch_calls_directly(make, full_calls):
+    import torch
+
+    layer, x = make(), ops.convert_to_tensor(X)
+    expected = layer(x)
+    before = len(full_calls)
+    with torch.no_grad():
+        assert_close(layer(x), expected, tolerance=1e-6)
+        assert len(full_calls) == before
+
+        x._keras_mask = ops.ones(X.shape[:2], "bool")  # which the output has to have, too
+        assert layer(x)._keras_mask is x._keras_mask
+        del x._keras_mask
+        layer(x.double())  # which is cast
+        handle = layer.register_forward_hook(lambda layer, inputs, output: output + 1)
+        assert_close(layer(x), expected + 1, tolerance=1e-6)
+        handle.remove()
+        layer(X)  # an array
+        assert full_calls.count(layer) == 5
+    layer(x)
+    assert full_calls.count(layer) == 6
 
 
 def test_lean_sees_lora():

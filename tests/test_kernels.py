@@ -140,6 +140,14 @@ print([name for name in reference.__all__ if getattr(kernels, name) is not getat
     assert result.stdout.strip() == "[]", result.stderr
 
 
+def test_only_torch_without_gradients_calls_layers_directly():
+    layer, x = keras.layers.Dense(3), ops.convert_to_tensor(random(2, 3))
+    layer(x)
+    assert not kernels.direct_call(layer, x) and not reference.direct_call(layer, x)
+    if keras.backend.backend() == "torch":
+        assert kernels.compiled(layer, lambda layer, x: kernels.direct_call(layer, x))(x)
+
+
 def test_a_backend_without_kernels_is_refused():
     result = python("import llmfound", KERAS_BACKEND="numpy")
     message = "ValueError: llmfound runs on jax, tensorflow, torch; got KERAS_BACKEND='numpy'."

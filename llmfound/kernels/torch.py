@@ -23,6 +23,7 @@ __all__ = [
     "write",
     "fast_matmul",
     "compiled",
+    "direct_call",
     "unfold",
     "top_k",
     "additive_scores",
@@ -216,6 +217,13 @@ def compiled(model, function, *static):
     """Compiles nothing; see `reference.compiled`."""
     call = reference.compiled(model, function, *static)
     return torch.inference_mode()(call)
+
+
+def direct_call(layer, x):
+    """For a tensor without gradients, where no hook of torch's and no mask of Keras's waits for the call."""
+    waited_for = layer._forward_hooks or layer._forward_pre_hooks or hasattr(x, "_keras_mask")
+    fits = type(x) is torch.Tensor and x.dtype == getattr(torch, layer.compute_dtype)
+    return fits and not torch.is_grad_enabled() and not waited_for
 
 
 def unfold(step, carry, record):

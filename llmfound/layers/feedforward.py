@@ -3,10 +3,10 @@
 from keras import layers, ops
 
 from llmfound import kernels
-from llmfound.base import Configured, Layer, fresh, lean
+from llmfound.base import Configured, Direct, Layer, fresh, lean
 
 
-class Dense(Configured, layers.Dense):
+class Dense(Direct, Configured, layers.Dense):
     """keras.layers.Dense whose product and bias are one call where the framework has one (`kernels.dense`).
 
     Arguments, weights and results are Keras's.
@@ -21,7 +21,7 @@ class Dense(Configured, layers.Dense):
         return super().quantize(mode, type_check=False, config=config)  # Keras refuses its subclasses otherwise
 
 
-class FeedForward(Layer):
+class FeedForward(Direct, Layer):
     """Two dense layers, the same at every position.
 
     FFN(x) = max(0, x W1 + b1) W2 + b2. Source: Vaswani et al. 2017, section 3.3, equation 2.
