@@ -2,7 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PEERS ?= .venv-peers
-BACKENDS = jax torch tensorflow
+# The longest suite first.
+BACKENDS = tensorflow jax torch
 BACKEND ?= $(or $(KERAS_BACKEND),jax)
 # `tensorflow` for a GPU, and where there is no tensorflow-cpu.
 TENSORFLOW ?= tensorflow-cpu

@@ -1,6 +1,7 @@
 """Pictures: which source tokens each target token looked at, how training went, and how well long sentences fare."""
 
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 
@@ -189,6 +190,102 @@ def learning_rates(found, title=None, path=None):
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _finish(figure, title, path)
+
+
+class Panel(NamedTuple):
+    """Curves over one axis.
+
+    series: dict, name -> (x, mean, low, high), each a sequence of float; low to high is shaded.
+    log: "", "x", "y" or "xy", the logarithmic axes.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    series: dict
+    log: str = ""
+
+
+def lines(panels, title=None, path=None):
+    """Panels side by side, of curves with their intervals; a name has one colour in all of them.
+
+    Args:
+        panels: list of Panel.
+        title: str, above the picture.
+        path: file to save it to; its ending says the format.
+
+    Returns:
+        matplotlib.figure.Figure.
+
+    Raises:
+        ValueError: if there is no panel, or a curve's parts are not of one length.
+        ImportError: if matplotlib is missing.
+    """
+    if not panels:
+        raise ValueError("There must be at least one panel.")
+    figure, [row] = _figure(4.6 * len(panels) + 0.8, 3.8, columns=len(panels))
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    names = list(dict.fromkeys(name for panel in panels for name in panel.series))
+    for axes, panel in zip(row, panels):
+        for name, parts in panel.series.items():
+            x, mean, low, high = (np.asarray(part, "float64") for part in parts)
+            if not x.shape == mean.shape == low.shape == high.shape:
+                raise ValueError(f"{name}: x, mean, low and high must be of one length; got {[len(p) for p in parts]}.")
+            colour = f"C{names.index(name)}"
+            axes.plot(x, mean, color=colour, marker="o", markersize=3.5, label=name)
+            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        for axis, scale, ticks in (("x", axes.set_xscale, axes.xaxis), ("y", axes.set_yscale, axes.yaxis)):
+            if axis in panel.log:
+                scale("log", base=2)
+                ticks.set_major_locator(MaxNLocator(6))
+                ticks.set_minor_locator(NullLocator())
+                ticks.set_major_formatter("{x:g}")
+        places = sorted({float(x) for parts in panel.series.values() for x in parts[0]})
+        if len(places) <= 8:
+            axes.set_xticks(places, [f"{x:g}" for x in places])
+        axes.set_title(panel.title, fontsize=10)
+        axes.set_xlabel(panel.x_label)
+        axes.set_ylabel(panel.y_label)
+        if not panel.log:
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    row[0].legend(frameon=False, fontsize=9)
+    return _finish(figure, title, path)
+
+
+def bars(groups, labels, y_label="", title=None, path=None):
+    """Groups of bars with their intervals, one colour for each name.
+
+    Args:
+        groups: dict, name -> list of (mean, low, high), one for each label.
+        labels: list of str, along the axis.
+        y_label: str.
+        title, path: as in `lines`.
+
+    Returns:
+        matplotlib.figure.Figure.
+
+    Raises:
+        ValueError: if a name has not as many bars as there are labels.
+        ImportError: if matplotlib is missing.
+    """
+    figure, [[axes]] = _figure(max(4.5, 1.2 * len(labels) + 0.5 * len(labels) * len(groups)), 3.8)
+    width = 0.8 / len(groups)
+    for i, (name, found) in enumerate(groups.items()):
+        if len(found) != len(labels):
+            raise ValueError(f"{name} has {len(found)} bars for {len(labels)} labels.")
+        mean, low, high = np.array(found, "float64").T
+        places = np.arange(len(labels)) + (i - (len(groups) - 1) / 2) * width
+        axes.bar(places, mean, width * 0.92, yerr=[mean - low, high - mean], capsize=3, label=name)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel(y_label)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return _finish(figure, title, path)
 

@@ -31,6 +31,8 @@ BELOW = {
     "models": {"kernels", "ops", "base", "layers", "models"},
     **{part: {"kernels", "ops", "base", part} for part in ("data", "decoding", "plots", "testing", "training")},
     "convert": {"kernels", "ops", "base", "models", "convert"},
+    "reproduce": {"kernels", "ops", "base", "layers", "models", "data", "decoding", "plots", "training", "reproduce"},
+    "__main__": {"reproduce"},
 }
 COMPOSED_LAYERS = {"blocks", "awd_lstm", "heads"}  # the files of layers/ that the others there may not import
 

@@ -346,3 +346,37 @@ def test_the_rates_that_were_tried(tmp_path):
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no rate to draw"):
         plots.learning_rates(training.LearningRates([], [], [], 0.1))
+
+
+# Curves and bars with their intervals
+
+
+def test_lines_have_one_colour_a_name_and_their_intervals(tmp_path):
+    x, curve = [1, 2, 4], ([3, 2, 1], [2, 1, 0], [4, 3, 2])
+    panels = [
+        plots.Panel("left", "layers", "norm", {"one": (x, *curve), "two": (x, *curve)}),
+        plots.Panel("right", "layers", "", {"two": (x, *curve)}, log="xy"),
+    ]
+    figure = plots.lines(panels, "Two", tmp_path / "two.png")
+    left, right = figure.axes
+    assert [line.get_label() for line in left.lines] == ["one", "two"]
+    assert right.lines[0].get_color() == left.lines[1].get_color() != left.lines[0].get_color()
+    assert left.get_ylim()[0] == 0 and right.get_xscale() == right.get_yscale() == "log"
+    assert [text.get_text() for text in right.get_xticklabels()] == ["1", "2", "4"]
+    (shade,) = right.collections
+    np.testing.assert_array_equal(np.unique(shade.get_paths()[0].vertices[:, 1]), [0, 1, 2, 3, 4])
+    assert (tmp_path / "two.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="one: x, mean, low and high must be of one length"):
+        plots.lines([plots.Panel("", "", "", {"one": ([1, 2], *curve)})])
+    with pytest.raises(ValueError, match="at least one panel"):
+        plots.lines([])
+
+
+def test_bars_stand_in_groups_with_their_intervals():
+    figure = plots.bars({"one": [(5, 4, 6), (3, 3, 3)], "two": [(2, 1, 3), (1, 0, 2)]}, ["a", "b"], "score")
+    (axes,) = figure.axes
+    assert [bar.get_height() for bar in axes.patches] == [5, 3, 2, 1]
+    middle = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+    np.testing.assert_allclose(np.add(middle[:2], middle[2:]) / 2, [0, 1], atol=1e-9)  # each group around its label
+    with pytest.raises(ValueError, match="two has 1 bars for 2 labels"):
+        plots.bars({"two": [(1, 1, 1)]}, ["a", "b"])

@@ -3,15 +3,14 @@
 import functools
 import math
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from llmfound.layers import FeedForward, PostLNBlock, PreLNBlock
 from llmfound.models import Transformer
+from llmfound.reproduce.preln import Theory, decoder_gradients, draw_block
 from llmfound.testing import assert_close, fixture
-from llmfound.training import SmoothedCrossEntropy
 
 BLOCKS = pytest.mark.parametrize("block_class", [PostLNBlock, PreLNBlock])
 X = fixture("x", (2, 4, 8)).astype("float32")
@@ -28,68 +27,20 @@ def layer_norm(x):
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True))
 
 
-class Gradients(keras.optimizers.SGD):
-    """Keeps each gradient in the weight's momentum: the one way to it that every backend has."""
-
-    def __init__(self):
-        super().__init__(1.0, momentum=0.5)
-
-    def update_step(self, gradient, variable, learning_rate):
-        self.assign(self.momentums[self._get_variable_index(variable)], gradient)
-
-
-def gradient_norms(model, x, y):
-    """Frobenius norm of the loss's gradient, for each trainable weight, in their order."""
-    model.train_on_batch(x, y)
-    return [np.linalg.norm(numpy(m)) for m in model.optimizer.momentums]
-
-
 # The theory model of section 3.3: one head, uniform attention, Xavier-normal matrices, no biases (protocol A)
 
-DIM, LENGTH, CLASSES = 256, 32, 1000
-
-
-def normal(rng, columns):
-    return rng.normal(size=(DIM, columns)) / DIM**0.5
+DIM, LENGTH = 256, 32
 
 
 def draw(block, rng):
-    """New matrices for a block: W_Q = W_K = 0, and W_O, which the theory does without, is the identity."""
-    block.attention.set_weights([np.zeros((DIM, DIM))] * 2 + [normal(rng, DIM), np.eye(DIM)])
-    block.feedforward.set_weights([normal(rng, DIM), np.zeros(DIM), normal(rng, DIM), np.zeros(DIM)])
-
-
-class Theory(keras.Model):
-    def __init__(self, block_class, num_layers):
-        super().__init__()
-        self.blocks = [block_class(DIM, 1, DIM) for _ in range(num_layers)]
-        self.norm = keras.layers.LayerNormalization(epsilon=1e-6) if block_class.final_norm else None
-        self.classes = self.add_weight(shape=(DIM, CLASSES), trainable=False, name="classes")
-        self(np.zeros((1, LENGTH, DIM), "float32"))
-        last_matrix = self.blocks[-1].feedforward.contract.kernel
-        for weight in self.weights:
-            weight.trainable = weight is last_matrix
-        self.compile(Gradients(), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-
-    def call(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return ops.matmul(self.norm(x) if self.norm else x, self.classes)
-
-    def draw(self, seed):
-        """New matrices; returns inputs and labels."""
-        rng = np.random.default_rng(seed)
-        for block in self.blocks:
-            draw(block, rng)
-        self.classes.assign(normal(rng, CLASSES))
-        return rng.normal(size=(1, LENGTH, DIM)).astype("float32"), rng.integers(0, CLASSES, (1, LENGTH))
+    draw_block(block, rng, DIM)
 
 
 @functools.cache
 def last_gradient(block_class, num_layers):
     """Norm of the gradient of W2 in the last layer, mean over ten draws."""
-    model = Theory(block_class, num_layers)
-    return np.mean([gradient_norms(model, *model.draw(seed)) for seed in range(10)])
+    model = Theory("post" if block_class is PostLNBlock else "pre", num_layers)
+    return np.mean([model.last_gradient(seed) for seed in range(10)])
 
 
 MEASURED = {  # of the last W2, by depth
@@ -270,33 +221,12 @@ def test_pre_ln_has_two_norms_more_and_otherwise_the_same_weights():
 
 # A real encoder-decoder at its start (protocol B)
 
-VOCAB, BATCH, TOKENS = 10_000, 16, 32
-
-
-def decoder_gradients(norm, num_layers, seed, batches=1):
-    """Norms of the gradient of W2 in the decoder's layers, bottom to top; the gradient is a mean over batches.
-
-    Tokens follow a skewed law, p(r) ~ 1 / (r + 2.7): with uniform ones the expected gradient vanishes.
-    """
-    keras.utils.set_random_seed(seed)
-    rng = np.random.default_rng(seed)
-    model = Transformer(
-        VOCAB, num_layers, hidden_dim=512, num_heads=4, intermediate_dim=1024, dropout=0.0, norm=norm, use_bias=True
-    )
-    kernels = [block.feedforward.contract.kernel for block in model.decoder_blocks]
-    for weight in model.weights:
-        weight.trainable = any(weight is kernel for kernel in kernels)
-    p = 1 / (np.arange(1, VOCAB) + 2.7)
-    ids = rng.choice(np.arange(1, VOCAB), (3, batches * BATCH, TOKENS), p=p / p.sum()).astype("int32")
-    model.compile(Gradients(), SmoothedCrossEntropy(0.1))
-    return np.array(gradient_norms(model, {"source_ids": ids[0], "target_ids": ids[1]}, ids[2]))
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_gradients_by_layer_of_a_real_decoder(norm):
     """Post-LN: larger towards the output. Pre-LN: flat. Section 3.3, figures 3a and 3b."""
-    found = decoder_gradients(norm, 6, seed=0, batches=4)
+    found = np.array(decoder_gradients(norm, 6, seed=0, batches=4))
     if norm == "post":
         assert (np.diff(found) > 0).all() and found[-1] / found[0] > 3
     else:

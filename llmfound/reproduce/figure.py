@@ -1,0 +1,263 @@
+"""A figure of a paper, and what makes it: runs over seeds that go on where they stopped, a picture, and a page."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import time
+
+import keras
+import numpy as np
+
+from llmfound.training import mean_interval
+
+SCALES = ("tiny", "small", "full")
+FREE = 64 * 2**20  # bytes that must be free before anything is run
+H100 = 400e12  # floating-point operations per second of one H100 in bfloat16, at 40 % of its peak
+
+
+class Figure:
+    """One figure or table of a paper. A subclass says what is run, and reads the paper's claim from the numbers.
+
+    A run is a dict of strings and numbers, for instance {"norm": "post", "depth": 8}; it is measured once for each
+    seed, which is set before it on all generators.
+
+    Attributes:
+        name: str, on the command line.
+        title: str.
+        source: str, paper, section, figure or table.
+        claim: str, what the paper says, in a sentence or two.
+        scales: dict, "tiny", "small", "full" -> dict of settings, among them "seeds", int.
+        shrunk: dict, scale -> str, what differs from the paper.
+    """
+
+    name = title = source = claim = ""
+    scales, shrunk = {}, {}
+
+    def runs(self, settings):
+        """List of runs."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it runs: override runs().")
+
+    def prepare(self, settings, folder):
+        """What all runs share, made once: data, vocabularies. `folder` is that of the public sets, or None."""
+        return None
+
+    def measure(self, run, settings, seed, prepared):
+        """One run: dict of str -> float or list of float."""
+        raise NotImplementedError(f"{type(self).__name__} must say how a run is measured: override measure().")
+
+    def verdicts(self, results):
+        """List of (sentence, bool): parts of the claim, and whether they held."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it claims: override verdicts().")
+
+    def draw(self, results, path):
+        """Saves the picture."""
+        raise NotImplementedError(f"{type(self).__name__} must draw its picture: override draw().")
+
+    def table(self, results):
+        """Rows of a Markdown table, the first of them the heading: lists of str."""
+        names = [name for name, found in results.numbers.items() if not any(np.ndim(x) for some in found for x in some)]
+        return [["run", *names], *[[label(run), *(results.cell(name, run) for name in names)] for run in results.runs]]
+
+    def cost(self, settings):
+        """Floating-point operations of all runs of one seed; None is not known."""
+        return None
+
+
+def label(run):
+    return ", ".join(f"{value}" if isinstance(value, str) else f"{key} {value}" for key, value in run.items())
+
+
+class Results:
+    """The numbers of all runs.
+
+    Attributes:
+        settings: dict, those of the scale.
+        runs: list of dict.
+        numbers: dict, name -> list over runs of lists over seeds.
+    """
+
+    def __init__(self, runs, settings, lines):
+        self.runs, self.settings = runs, settings
+        found = {}
+        for line in lines:
+            found.setdefault(label(line["run"]), []).append(line["numbers"])
+        names = dict.fromkeys(name for rows in found.values() for row in rows for name in row)
+        self.numbers = {
+            name: [[row[name] for row in found[label(run)] if name in row] for run in runs] for name in names
+        }
+
+    def of(self, name, **run):
+        """float (seeds, ...), a number of the one run that has these values."""
+        (i,) = [i for i, one in enumerate(self.runs) if run.items() <= one.items()]
+        return np.array(self.numbers[name][i], "float64")
+
+    def mean(self, name, **run):
+        """float (...), over the seeds."""
+        return self.of(name, **run).mean(axis=0)
+
+    def interval(self, name, **run):
+        """Mean, low and high end of the 95 % interval, each float (...); the mean thrice with one seed."""
+        values = self.of(name, **run)
+        if len(values) == 1:
+            return values[0], values[0], values[0]
+        flat = np.array([mean_interval(list(x)) for x in values.reshape(len(values), -1).T])
+        return tuple(flat[:, i].reshape(values.shape[1:]) for i in range(3))
+
+    def cell(self, name, run):
+        """The mean and half of the interval, as text; empty for a run without this number."""
+        if not len(self.of(name, **run)):
+            return ""
+        mean, low, _ = self.interval(name, **run)
+        return f"{mean:.3g}" if mean == low else f"{mean:.3g} ± {mean - low:.2g}"
+
+
+def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None, say=print):
+    """Makes a figure: OUT/NAME-SCALE/ gets figure.png, results.json and report.md.
+
+    Every run is written down when it is done, so an interrupted call goes on when made again, also with more seeds.
+
+    Args:
+        figure: Figure.
+        scale: "tiny", seconds, on made-up data; "small", minutes on two processor cores; "full", the paper's set-up.
+        seeds: int, how many; None takes the scale's.
+        out: folder.
+        data: folder of the public sets, where the scale needs some; None takes the environment variable LLMFOUND_DATA.
+        say: function of a str, for progress.
+
+    Returns:
+        list of (sentence, bool): the claim, in parts, and whether they held.
+
+    Raises:
+        ValueError: if the scale is unknown, there is no seed, or the folder holds runs of other settings.
+        OSError: before anything is run, if the folder cannot be written or its disk is full.
+        ImportError: before anything is run, if matplotlib is missing.
+    """
+    if scale not in figure.scales:
+        raise ValueError(f"{figure.name} has the scales {', '.join(figure.scales)}; got {scale!r}.")
+    settings = dict(figure.scales[scale])
+    count = settings.pop("seeds") if seeds is None else seeds
+    settings.pop("seeds", None)
+    if count < 1:
+        raise ValueError(f"There must be at least one seed; got {count}.")
+    from matplotlib import figure as _  # noqa: F401  now, rather than after hours
+
+    folder = pathlib.Path(out) / f"{figure.name}-{scale}"
+    record = _open(folder, figure, scale, settings)
+    runs = figure.runs(settings)
+    prepared = figure.prepare(settings, data or os.environ.get("LLMFOUND_DATA"))
+    done = {(label(line["run"]), line["seed"]): line for line in record["runs"]}
+    left = [(run, seed) for seed in range(count) for run in runs if (label(run), seed) not in done]
+    say(f"{figure.title}. {len(runs)} runs with {count} seeds on {record['backend']}, {len(done)} of them done.")
+    for i, (run, seed) in enumerate(left):
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(seed)
+        start = time.perf_counter()
+        numbers = figure.measure(run, settings, seed, prepared)
+        line = dict(run=run, seed=seed, seconds=round(time.perf_counter() - start, 2), numbers=_plain(numbers))
+        record["runs"].append(line)
+        _write(folder / "results.json", json.dumps(record, indent=1))
+        done[label(run), seed] = line
+        say(f"{label(run)}, seed {seed}: {line['seconds']:.1f} s, about {_clock(_remaining(done, left[i + 1 :]))} left")
+    chosen = [done[label(run), seed] for run in runs for seed in range(count)]
+    results = Results(runs, settings, chosen)
+    verdicts = [(sentence, bool(held)) for sentence, held in figure.verdicts(results)]
+    figure.draw(results, folder / "figure.png")
+    _write(folder / "report.md", _report(figure, scale, count, results, verdicts, chosen, record))
+    for sentence, held in verdicts:
+        say(f"{'held' if held else 'DID NOT HOLD'}: {sentence}")
+    say(f"{folder / 'report.md'}")
+    return verdicts
+
+
+def _open(folder, figure, scale, settings):
+    """The record of an earlier call, or a new one; either is written, so that what cannot be written fails now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < FREE:
+        raise OSError(f"The disk of {folder} has {free / 2**20:.0f} MB left; {FREE / 2**20:.0f} MB are needed.")
+    new = dict(figure=figure.name, scale=scale, backend=keras.backend.backend(), settings=_plain(settings))
+    file, record = folder / "results.json", {**new, "runs": []}
+    if file.exists():
+        try:
+            record = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is damaged ({error}); remove it, or choose another folder.") from error
+        differing = [key for key in new if record.get(key) != new[key]]
+        if differing:
+            key = differing[0]
+            raise ValueError(
+                f"{file} has runs of another {key} ({record.get(key)}, not {new[key]}); remove it, or choose another "
+                "folder."
+            )
+    _write(file, json.dumps(record, indent=1))
+    return record
+
+
+def _write(path, text):
+    """The whole text or, if it is interrupted, what was there before."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def _plain(x):
+    """What JSON has: NumPy's numbers and arrays, and tuples, as Python's."""
+    if isinstance(x, dict):
+        return {key: _plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple, np.ndarray)):
+        return [_plain(value) for value in x]
+    return x.item() if isinstance(x, np.generic) else x
+
+
+def _remaining(done, left):
+    """Seconds: of every run the mean of its other seeds, else of all runs."""
+    seconds = {}
+    for (name, _), line in done.items():
+        seconds.setdefault(name, []).append(line["seconds"])
+    every = np.mean([s for some in seconds.values() for s in some])
+    return sum(np.mean(seconds.get(label(run), every)) for run, _ in left)
+
+
+def _clock(seconds):
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _report(figure, scale, count, results, verdicts, lines, record):
+    spent = sum(line["seconds"] for line in lines)
+    rows = figure.table(results)
+    table = "\n".join(
+        "| " + " | ".join(row) + " |" for row in [rows[0], ["---"] + ["--:"] * (len(rows[0]) - 1), *rows[1:]]
+    )
+    marks = "\n".join(f"- {'**Held**' if held else '**Did not hold**'}: {sentence}" for sentence, held in verdicts)
+    full = {key: value for key, value in figure.scales["full"].items() if key != "seeds"}
+    cost, of_all = figure.cost(full), ""
+    if cost:
+        of_all = (
+            f"\nAt `--scale full` one seed takes about {cost:.1e} floating-point operations, "
+            f"{cost / H100 / 3600:.2g} hours of one H100.\n"
+        )
+    return f"""# {figure.title}
+
+**The paper.** {figure.claim} ({figure.source})
+
+**What was run.** {scale}: {figure.shrunk[scale]} {count} seed{"s" * (count > 1)}, means with 95 % intervals.
+{record["backend"]}, llmfound {importlib.metadata.version("llmfound")}, Keras {keras.__version__}, {os.cpu_count()}
+cores ({platform.machine()}), {_clock(spent)} in all, {datetime.date.today()}.
+
+    python -m llmfound reproduce {figure.name} --scale {scale} --seeds {count} --backend {record["backend"]}
+
+![{figure.title}](figure.png)
+
+**The result.**
+
+{marks}
+
+{table}
+{of_all}"""

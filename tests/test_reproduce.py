@@ -1,0 +1,199 @@
+"""Figures of papers: what a call leaves behind, how it goes on, what it refuses; and the figures themselves, tiny."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from llmfound import __main__ as command
+from llmfound import reproduce
+from llmfound.reproduce import FIGURES, Figure
+from llmfound.training import mean_interval
+
+plots = pytest.importorskip("matplotlib")
+ON_ONE_BACKEND = pytest.mark.skipif(keras.backend.backend() != "torch", reason="one backend is enough")
+
+
+class Coins(Figure):
+    """Sums of random numbers, from Keras and NumPy."""
+
+    name, title, source, claim = "coins", "Coins", "A. Nonymous 1713, table 1", "More coins are worth more."
+    scales = {"tiny": dict(seeds=2, counts=(1, 9)), "full": dict(seeds=4, counts=(1, 99))}
+    shrunk = {"tiny": "nine coins at most.", "full": "nothing."}
+
+    def __init__(self):
+        self.measured, self.fails_at = [], None
+
+    def runs(self, settings):
+        return [{"coins": n} for n in settings["counts"]]
+
+    def measure(self, run, settings, seed, prepared):
+        self.measured.append((run["coins"], seed))
+        if len(self.measured) == self.fails_at:
+            raise KeyboardInterrupt
+        values = keras.ops.convert_to_numpy(keras.random.uniform((run["coins"],))) + np.random.rand(run["coins"])
+        return {"worth": values.sum(), "each": values[:1]}
+
+    def verdicts(self, results):
+        one, nine = (results.mean("worth", coins=n) for n in (1, 9))
+        return [(f"nine are worth {nine - one:.1f} more than one", nine > one), ("one is worth more", one > nine)]
+
+    def draw(self, results, path):
+        pathlib.Path(path).write_bytes(b"a picture")
+
+    def cost(self, settings):
+        return 1.44e18 * settings["counts"][-1] / 99
+
+
+def numbers(folder):
+    return [line["numbers"] for line in json.loads((folder / "results.json").read_text())["runs"]]
+
+
+def test_what_a_call_leaves(tmp_path):
+    said = []
+    verdicts = reproduce.reproduce(Coins(), "tiny", out=tmp_path, say=said.append)
+    assert [held for _, held in verdicts] == [True, False]
+    folder = tmp_path / "coins-tiny"
+    assert sorted(path.name for path in folder.iterdir()) == ["figure.png", "report.md", "results.json"]
+    record = json.loads((folder / "results.json").read_text())
+    assert record["backend"] == keras.backend.backend() and record["settings"] == {"counts": [1, 9]}
+    assert [(line["run"], line["seed"]) for line in record["runs"]] == [
+        ({"coins": n}, seed) for seed in range(2) for n in (1, 9)
+    ]
+    report = (folder / "report.md").read_text()
+    worth = [line["numbers"]["worth"] for line in record["runs"][1::2]]
+    mean, low, _ = mean_interval(worth)
+    for text in (
+        "# Coins", "More coins are worth more. (A. Nonymous 1713, table 1)", "nine coins at most. 2 seeds",
+        f"| coins 9 | {mean:.3g} ± {mean - low:.2g} |", "**Held**: nine are worth", "**Did not hold**: one is worth",
+        "![Coins](figure.png)", f"reproduce coins --scale tiny --seeds 2 --backend {keras.backend.backend()}",
+        "1.4e+18 floating-point operations, 1 hours of one H100",
+    ):  # fmt: skip
+        assert text in report
+    assert "each" not in report  # a curve is no cell of a table
+    assert said[0] == f"Coins. 2 runs with 2 seeds on {keras.backend.backend()}, 0 of them done."
+    assert [text for text in said if "seed 1" in text and text.endswith("about 0:00:00 left")]
+    assert "DID NOT HOLD: one is worth more" in said
+
+
+def test_an_interrupted_call_goes_on_with_the_same_numbers(tmp_path):
+    for out in ("whole", "parts"):
+        figure = Coins()
+        if out == "parts":
+            figure.fails_at = 3
+            with pytest.raises(KeyboardInterrupt):
+                reproduce.reproduce(figure, "tiny", out=tmp_path / out)
+            assert len(numbers(tmp_path / out / "coins-tiny")) == 2
+            figure.fails_at = None
+        reproduce.reproduce(figure, "tiny", out=tmp_path / out)
+        assert len(figure.measured) == (5 if out == "parts" else 4)
+    assert numbers(tmp_path / "parts" / "coins-tiny") == numbers(tmp_path / "whole" / "coins-tiny")
+
+
+def test_more_seeds_are_added_and_fewer_are_a_part(tmp_path):
+    figure = Coins()
+    for seeds, measured in ((1, 2), (3, 6), (2, 6)):
+        reproduce.reproduce(figure, "tiny", seeds, tmp_path)
+        assert len(figure.measured) == measured
+        assert f"{seeds} seed" in (tmp_path / "coins-tiny" / "report.md").read_text()
+
+
+def test_what_cannot_be_made_fails_before_anything_is_run(tmp_path, monkeypatch):
+    figure = Coins()
+    with pytest.raises(ValueError, match="coins has the scales tiny, full; got 'small'"):
+        reproduce.reproduce(figure, "small", out=tmp_path)
+    with pytest.raises(ValueError, match="at least one seed; got 0"):
+        reproduce.reproduce(figure, "tiny", 0, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        reproduce.reproduce(figure, "tiny", out=tmp_path / "file")
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * 2**20))
+        with pytest.raises(OSError, match="has 3 MB left; 64 MB are needed"):
+            reproduce.reproduce(figure, "tiny", out=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(ImportError):
+            reproduce.reproduce(figure, "tiny", out=tmp_path)
+    assert not figure.measured
+
+
+def test_results_of_something_else_are_kept(tmp_path):
+    reproduce.reproduce(Coins(), "tiny", out=tmp_path)
+    file = tmp_path / "coins-tiny" / "results.json"
+    before, figure = file.read_text(), Coins()
+    figure.scales = {"tiny": dict(seeds=2, counts=(1, 9, 10))}
+    with pytest.raises(ValueError, match=r"has runs of another settings \(\{'counts': \[1, 9\]\}, not"):
+        reproduce.reproduce(figure, "tiny", out=tmp_path)
+    file.write_text(before.replace(f'"{keras.backend.backend()}"', '"abacus"'))
+    with pytest.raises(ValueError, match="has runs of another backend"):
+        reproduce.reproduce(Coins(), "tiny", out=tmp_path)
+    file.write_text(before[:-9])
+    with pytest.raises(ValueError, match=r"results\.json is damaged"):
+        reproduce.reproduce(Coins(), "tiny", out=tmp_path)
+    assert file.read_text() == before[:-9] and not figure.measured
+
+
+# The command line
+
+
+def run(*arguments, **environment):
+    return subprocess.run([sys.executable, "-m", "llmfound", *arguments], env={**os.environ, **environment},
+                          capture_output=True, text=True)  # fmt: skip
+
+
+@ON_ONE_BACKEND
+def test_the_command_line():
+    listed = run("reproduce", "--list")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(FIGURES), listed.stderr
+    unknown = run("reproduce", "preln")
+    assert unknown.returncode == 1 and "There is no figure 'preln'; there are preln-gradients" in unknown.stderr
+    nothing = run("reproduce")
+    assert nothing.returncode == 2 and "name a figure, or --list them" in nothing.stderr
+
+
+@ON_ONE_BACKEND
+def test_the_command_line_takes_another_backend(tmp_path):
+    made = run("reproduce", "preln-gradients", "--scale", "tiny", "--seeds", "1", "--backend", "jax", "--out", tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "on jax, 0 of them done" in made.stdout
+    (tmp_path / "preln-gradients-tiny" / "results.json").write_text("{")
+    refused = run("reproduce", "preln-gradients", "--scale", "tiny", "--backend", "jax", "--out", tmp_path)
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("ValueError: "), refused.stderr
+
+
+def test_a_backend_that_is_not_installed(monkeypatch):
+    other = "jax" if keras.backend.backend() != "jax" else "torch"
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=rf'{other} is not installed: pip install "llmfound\[{other}\]"'):
+        command.main(command.parse(["reproduce", "preln-gradients", "--backend", other]))
+
+
+# The figures
+
+
+@ON_ONE_BACKEND
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_claim_holds_at_the_tiniest_scale(name, tmp_path):
+    verdicts = reproduce.reproduce(FIGURES[name], "tiny", 1, tmp_path)
+    assert all(held for _, held in verdicts), verdicts
+    picture = (tmp_path / f"{name}-tiny" / "figure.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000
+
+
+@pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES)
+def test_a_figure_tells_what_it_is(figure):
+    assert set(figure.scales) == set(figure.shrunk) == set(reproduce.figure.SCALES)
+    assert all(settings["seeds"] >= 1 and figure.runs(settings) for settings in figure.scales.values())
+    assert figure.title and figure.source and figure.claim.endswith(".")
+    cheap, dear = (
+        figure.cost({k: v for k, v in figure.scales[scale].items() if k != "seeds"}) for scale in ("tiny", "full")
+    )
+    assert 1e6 < cheap < dear < 1e22
