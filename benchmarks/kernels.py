@@ -21,7 +21,8 @@ into a cache of {length} for {sentences} sentences, `top_k` the 8 largest of {ba
 {sentences} sentences and {heads} heads of {head_dim}, all forward alone; `attention_weights` of {length} queries and as
 many keys, the last two of them padding, for as many sentences and heads; `fast_matmul` for ({batch}, {dim}) x ({dim},
 {inner}); `update_if` an `adam_update` that is not wanted, `differentiate` two products of ({batch}, {dim}) with their
-gradients, without that of the first weights. The reference of the recurrences is unrolled where it is compiled.
+gradients, without that of the first weights, `loss_gradients` a layer from 2 to 2. The reference of the recurrences is
+unrolled where it is compiled.
 
 Overrides that buy less than 1.15 are kept for another reason: `embed` on TensorFlow for gradients that Keras's
 optimizers read rightly, `additive_scores` there for its memory (see its own table), `compiled` on torch for inference
@@ -152,6 +153,12 @@ def differentiate(kernel, sizes):
         torch.matmul(torch.matmul(x, first.value), second.value).sum().backward()
 
     return run
+
+
+def loss_gradients(kernel, sizes):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    return lambda: kernel(model, np.ones((4, 2), "float32"), np.ones((4, 2), "float32"))
 
 
 def position(sizes):
@@ -296,7 +303,7 @@ def fast_matmul(kernel, sizes):
 CASES = [
     dense, layer_norm, split_heads, join_heads, attention_weights, dot_product_attention, dropout, token_cross_entropy,
     adam_update, write, top_k, unfold, compiled, direct_call, fast_matmul, embed, additive_scores, recurrence, gru,
-    lstm, update_if, differentiate,
+    lstm, update_if, differentiate, loss_gradients,
 ]  # fmt: skip
 
 

@@ -257,6 +257,47 @@ def lines(panels, title=None, path=None):
     return _finish(figure, title, path)
 
 
+def norms(recorder, title=None, path=None):
+    """What a `training.NormRecorder` found: gradients and outputs, steps along, layers up, darker is larger.
+
+    Args:
+        recorder: NormRecorder, or any object with `names`, `steps`, `gradients` and `activations`.
+        title, path: as in `lines`.
+
+    Returns:
+        matplotlib.figure.Figure.
+
+    Raises:
+        ValueError: if nothing is recorded yet.
+        ImportError: if matplotlib is missing.
+    """
+    if not len(recorder.steps):
+        raise ValueError("Nothing is recorded yet; give the recorder to fit first.")
+    width, height = min(1.6 + 0.35 * len(recorder.steps), 7), 1.4 + 0.25 * len(recorder.names)
+    figure, [row] = _figure(2 * width + 2, height, columns=2, sharey=True)
+    from matplotlib.colors import LogNorm
+
+    panels = (("gradient of the weights", recorder.gradients), ("length of the outputs", recorder.activations))
+    for axes, (name, values) in zip(row, panels):
+        values = np.asarray(values, "float64").T
+        real = values[np.isfinite(values) & (values > 0)]
+        low, high = (real.min(), real.max()) if real.size else (1, 1)
+        shown = np.ma.masked_where(~(np.isfinite(values) & (values > 0)), values)
+        image = axes.imshow(
+            shown, aspect="auto", origin="lower", cmap="Blues", norm=LogNorm(low, max(high, low * 1.01))
+        )
+        bar = figure.colorbar(image, ax=axes, pad=0.02)
+        bar.outline.set_visible(False)
+        axes.set_title(name, fontsize=10)
+        places = np.unique(np.linspace(0, len(recorder.steps) - 1, 6).round().astype(int))
+        axes.set_xticks(places, [f"{recorder.steps[i]:,}" for i in places])
+        axes.set_xlabel("step")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    row[0].set_yticks(range(len(recorder.names)), recorder.names, fontsize=8)
+    return _finish(figure, title, path)
+
+
 def bars(groups, labels, y_label="", title=None, path=None):
     """Groups of bars with their intervals, one colour for each name.
 

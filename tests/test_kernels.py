@@ -389,6 +389,36 @@ def test_update_if(body, condition):
         assert (numpy(variable) == before + condition).all()
 
 
+class Two(keras.Model):
+    """Two outputs, dropout, a weight that nothing depends on, and one that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = keras.layers.Dense(2, "tanh", kernel_regularizer="l2"), keras.layers.Dense(1)
+        self.drop, self.frozen = keras.layers.Dropout(0.5), self.add_weight(shape=(2,), trainable=False)
+        self.idle = self.add_weight(shape=(2,), name="idle")
+        self(np.zeros((1, 3), "float32"))
+
+    def call(self, x, training=None):
+        hidden = self.drop(self.first(x), training=training) + self.frozen
+        return {"hidden": hidden, "score": self.second(hidden)}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss_gradients(weighted):
+    model = Two()
+    model.compile("adam", {"hidden": "mse", "score": "mae"})
+    x, y = random(4, 3), {"hidden": random(4, 2, seed=1), "score": 9 + random(4, 1, seed=2)}
+    weights = {name: np.array([1, 2, 0, 1], "float32") for name in y} if weighted else None
+    before = [numpy(weight) for weight in model.weights]
+    found, expected = kernels.loss_gradients(model, x, y, weights), reference.loss_gradients(model, x, y, weights)
+    assert [gradient.shape for gradient in found] == [tuple(w.shape) for w in model.trainable_weights]
+    for one, other, weight in zip(found, expected, model.trainable_weights):
+        assert_close(one, other, 2e-3, weight.path)  # differences of float32
+        assert (weight.name == "idle") == (np.abs(one).max() == 0)
+    assert_close([numpy(weight) for weight in model.weights], before, 1e-7)
+
+
 @pytest.mark.parametrize("body", bodies("differentiate"))
 def test_differentiate(body):
     """Whatever it says, the gradients that are wanted are right; on torch the others are none."""

@@ -30,6 +30,7 @@ BELOW = {
     "layers": {"kernels", "ops", "base", "layers"},
     "models": {"kernels", "ops", "base", "layers", "models"},
     **{part: {"kernels", "ops", "base", part} for part in ("data", "decoding", "plots", "testing", "training")},
+    "attention": {"kernels", "ops", "base", "layers"},
     "convert": {"kernels", "ops", "base", "models", "convert"},
     "reproduce": {"kernels", "ops", "base", "layers", "models", "data", "decoding", "plots", "training", "reproduce"},
     "__main__": {"reproduce"},

@@ -11,7 +11,7 @@ import numpy as np
 
 from llmfound.kernels import reference
 
-__all__ = ["dropout", "compiled", "additive_scores", "recurrence", "gru", "lstm"]
+__all__ = ["dropout", "compiled", "loss_gradients", "additive_scores", "recurrence", "gru", "lstm"]
 
 _programs = weakref.WeakKeyDictionary()  # model: {(function, static): its compiled program}
 
@@ -53,6 +53,33 @@ def _program(model, function, static):
             return function(model(), *static, *arrays)
 
     return program
+
+
+def loss_gradients(model, x, y=None, sample_weight=None):
+    """Compiled once for a model and the shapes of its batch."""
+    programs = _programs.setdefault(model, {})
+    if "loss_gradients" not in programs:
+        known = weakref.ref(model)
+
+        @jax.jit
+        def program(trained, others, *batch):
+            def loss(trained):
+                model = known()
+                pairs = zip([*model.trainable_weights, *_others(model)], [*trained, *others])
+                with keras.StatelessScope(list(pairs)):
+                    return reference.evaluated_loss(model, *batch)
+
+            return jax.grad(loss)(trained)
+
+        programs["loss_gradients"] = program
+    batch = reference.as_tensors(x, y, sample_weight)
+    trained, others = ([v.value for v in some] for some in (model.trainable_weights, _others(model)))
+    return [np.asarray(g, "float32") for g in programs["loss_gradients"](trained, others, *batch)]
+
+
+def _others(model):
+    trained = {id(variable) for variable in model.trainable_weights}
+    return [variable for variable in model.variables if id(variable) not in trained]
 
 
 class _Weights(keras.StatelessScope):

@@ -3,6 +3,7 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "adam_update",
     "update_if",
     "differentiate",
+    "loss_gradients",
     "write",
     "fast_matmul",
     "compiled",
@@ -212,6 +214,47 @@ def differentiate(variable, wanted=None):
         bool, whether the next gradients will have it.
     """
     return True
+
+
+def loss_gradients(model, x, y=None, sample_weight=None):
+    """The gradients of a compiled model's loss on one batch, which it sees as in `evaluate`; no weight changes.
+
+    This body takes central differences, one number of one weight after the other: for tests, of small models.
+
+    Args:
+        model: a compiled keras.Model.
+        x, y, sample_weight: arrays or nests of arrays, as for `train_on_batch`.
+
+    Returns:
+        list of NumPy float arrays, in the order of `model.trainable_weights`.
+    """
+    batch = as_tensors(x, y, sample_weight)
+    found = []
+    for variable in model.trainable_weights:
+        value = ops.convert_to_numpy(variable.value).astype("float64")
+        gradient = np.zeros_like(value)
+        for index in np.ndindex(*value.shape):
+            losses = []
+            for step in (1e-2, -1e-2):
+                moved = value.copy()
+                moved[index] += step
+                variable.assign(moved)
+                losses.append(float(ops.convert_to_numpy(evaluated_loss(model, *batch))))
+            gradient[index] = (losses[0] - losses[1]) / 2e-2
+        variable.assign(value)
+        found.append(gradient)
+    return found
+
+
+def as_tensors(*batch):
+    """Nests of arrays as nests of tensors; None stays."""
+    return [keras.tree.map_structure(lambda a: None if a is None else ops.convert_to_tensor(a), x) for x in batch]
+
+
+def evaluated_loss(model, x, y, sample_weight):
+    """What `evaluate` would find: float scalar."""
+    found = model(x, training=False)
+    return model.compute_loss(x, y, found, sample_weight, training=False)
 
 
 def write(cache, update, position):

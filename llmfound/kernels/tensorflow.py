@@ -10,8 +10,8 @@ import tensorflow as tf
 from llmfound.kernels import reference
 
 __all__ = [
-    "dropout", "token_cross_entropy", "adam_update", "compiled", "embed", "additive_scores", "recurrence", "gru",
-    "lstm",
+    "dropout", "token_cross_entropy", "adam_update", "compiled", "loss_gradients", "embed", "additive_scores",
+    "recurrence", "gru", "lstm",
 ]  # fmt: skip
 
 _programs = weakref.WeakKeyDictionary()  # model: {(function, static): its graph}
@@ -73,6 +73,15 @@ def _program(model, function, static):
         return function(model(), *static, *arrays)
 
     return program
+
+
+def loss_gradients(model, x, y=None, sample_weight=None):
+    batch = reference.as_tensors(x, y, sample_weight)
+    weights = [variable.value for variable in model.trainable_weights]
+    with tf.GradientTape() as tape:
+        loss = reference.evaluated_loss(model, *batch)
+    found = tape.gradient(loss, weights, unconnected_gradients="zero")
+    return [np.asarray(tf.cast(tf.convert_to_tensor(gradient), "float32")) for gradient in found]
 
 
 def embed(table, ids):

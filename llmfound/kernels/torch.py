@@ -20,6 +20,7 @@ __all__ = [
     "adam_update",
     "update_if",
     "differentiate",
+    "loss_gradients",
     "write",
     "fast_matmul",
     "compiled",
@@ -184,6 +185,15 @@ def differentiate(variable, wanted=None):
         variable.value.requires_grad_(wanted)
         variable.value.grad = variable.value.grad if wanted else None
     return variable.value.requires_grad
+
+
+def loss_gradients(model, x, y=None, sample_weight=None):
+    weights = [variable.value for variable in model.trainable_weights]
+    wanted = [weight for weight in weights if weight.requires_grad]
+    loss = reference.evaluated_loss(model, *reference.as_tensors(x, y, sample_weight))
+    found = dict(zip(map(id, wanted), torch.autograd.grad(loss, wanted, allow_unused=True)))
+    zero = lambda weight, gradient: torch.zeros_like(weight) if gradient is None else gradient  # noqa: E731
+    return [zero(weight, found.get(id(weight))).detach().float().cpu().numpy() for weight in weights]
 
 
 def write(cache, update, position):

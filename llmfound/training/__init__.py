@@ -9,6 +9,7 @@ from llmfound.training.finder import LearningRates, find_learning_rate
 from llmfound.training.losses import SmoothedCrossEntropy
 from llmfound.training.metrics import BLEU, ErrorRate, Perplexity, TokenAccuracy, bleu, bleu_by_length, mean_interval
 from llmfound.training.optimizers import Adam, AdamW, BERTAdam
+from llmfound.training.recorder import NormRecorder
 from llmfound.training.schedules import (
     BERTSchedule,
     InverseSquareRoot,
