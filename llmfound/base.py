@@ -69,7 +69,8 @@ class Direct:
 
 
 def _plain(layer):
-    return layer.compute_dtype == layer.variable_dtype and layer.quantization_mode is None
+    one_dtype = layer.compute_dtype == layer.variable_dtype
+    return one_dtype and layer.quantization_mode is None and layer.activity_regularizer is None
 
 
 def lean(layer, x):
