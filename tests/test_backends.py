@@ -488,7 +488,8 @@ def test_two_commands_at_once_share_nothing_and_leave_nothing(tmp_path):
 
 @with_all
 def test_an_interrupt_leaves_no_process_and_no_folder(tmp_path):
-    command = start_command(tmp_path, "my_layers.py:even", start_new_session=True)
+    heeded = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  a shell's "&" ignores it
+    command = start_command(tmp_path, "my_layers.py:even", start_new_session=True, preexec_fn=heeded)
     for _ in range(6000):
         if list((tmp_path / "tmp").glob("llmfound-*/torch.txt")):
             break

@@ -153,7 +153,7 @@ def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None
     left = [(run, seed) for seed in range(count) for run in runs if (label(run), seed) not in done]
     say(f"{figure.title}. {len(runs)} runs with {count} seeds on {record['backend']}, {len(done)} of them done.")
     for i, (run, seed) in enumerate(left):
-        keras.backend.clear_session()
+        keras.backend.clear_session(free_memory=False)  # else all compiled programs would be lost
         keras.utils.set_random_seed(seed)
         start = time.perf_counter()
         numbers = figure.measure(run, settings, seed, prepared)
