@@ -65,21 +65,17 @@ def join_heads(x):
 
 
 def attention_weights(query, key, mask=None, bias=None):
-    """torch's own calls, the mask added: on a CPU to choose between two tensors takes seven times as long."""
+    """torch's own calls, the mask multiplied and added: on a CPU to choose between two tensors takes longer."""
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2)).float()
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        small = scores.device.type == "cpu" and 2 * mask.numel() <= scores.numel() and not _traced()
-        if small and bool(mask.any(-1).all()):  # a row with nothing to see has no gradient, but would get one here
-            scores.add_(torch.where(mask, 0.0, reference.MASKED))  # so large that a score leaves no trace in the sum
+        if scores.device.type == "cpu" and 2 * mask.numel() <= scores.numel():
+            real = mask.to(scores.dtype)
+            scores.mul_(real).add_((1 - real) * reference.MASKED)
         else:
             scores = torch.where(mask, scores, reference.MASKED)
     return torch.softmax(scores, -1)
-
-
-def _traced():
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def dot_product_attention(query, key, value, mask=None, bias=None):
@@ -491,7 +487,8 @@ def _to_the_front(x, mask, reverse):
     """
     if reverse:
         x, mask = x.flip(1), None if mask is None else mask.flip(1)
-    if mask is None or (mask.device.type == "cpu" and not _traced() and bool(mask.all())):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if mask is None or (mask.device.type == "cpu" and not traced and bool(mask.all())):
         return x, None, None
     mask = mask.to(torch.bool)
     order = torch.argsort(~mask, dim=1, stable=True)

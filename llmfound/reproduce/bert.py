@@ -4,8 +4,10 @@ import pathlib
 
 import keras
 import numpy as np
+from keras import ops
 
 from llmfound import data, models, plots, training
+from llmfound.ops import padding_mask
 from llmfound.reproduce.figure import Figure
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -26,7 +28,7 @@ class Objectives(Figure):
         ),
         "small": dict(
             seeds=3, corpus="wikitext2", vocabulary=6000, layers=3, hidden_dim=128, max_length=64, batch_size=32,
-            steps=500, rate=1e-3, tasks=("wnut17", "sst2"), tuning_steps=300, tuning_rate=5e-4,
+            steps=400, rate=1e-3, tasks=("wnut17", "sst2"), tuning_steps=500, tuning_rate=1e-3,
         ),
         "full": dict(
             seeds=3, corpus="pretraining/*.txt", vocabulary=30_000, layers=12, hidden_dim=768, max_length=512,
@@ -35,8 +37,8 @@ class Objectives(Figure):
     }  # fmt: skip
     shrunk = {
         "tiny": "2 layers 32 wide on made-up words, each tagged with the kind of the next one.",
-        "small": "3 layers 128 wide, 500 steps on WikiText-2 without next sentences; names in WNUT-17 (F1) and "
-        "sentiment in SST-2 (accuracy) after 300 steps of fine-tuning.",
+        "small": "3 layers 128 wide, 400 steps on WikiText-2 without next sentences; names in WNUT-17 (F1) and "
+        "sentiment in SST-2 (accuracy, from the mean of all tokens' vectors) after 500 steps of fine-tuning.",
         "full": "BERT-base and the paper's million steps, without next sentences, on texts of yours in the folder "
         "pretraining; WNUT-17 and SST-2 instead of the paper's five tasks.",
     }
@@ -153,7 +155,8 @@ class _Published:
                     "sentence a line and blank lines between documents, or name another --data."
                 )
             documents = [document for file in files for document in data.read_documents(file)]
-        self.tokenizer = data.WordPiece.train([s for document in documents for s in document], settings["vocabulary"])
+        sentences = [sentence for document in documents for sentence in document]
+        self.tokenizer = data.WordPiece.train(sentences, settings["vocabulary"], lowercase=False)  # names have capitals
         self.documents = data.Documents.encode(documents, self.tokenizer)
 
     def task(self, name, settings, seed):
@@ -169,7 +172,16 @@ class _Published:
         train = data.SentenceBatches(*data.sst2("train", self.folder), self.tokenizer, seed=seed, **shape)
         test = data.SentenceBatches(*data.sst2("dev", self.folder), self.tokenizer, 2, shuffle=False, **shape)
         score = lambda predict: training.accuracy(test.labels, predict(test).argmax(-1))  # noqa: E731
-        return train, lambda bert: models.BERTClassifier(bert, 2), score
+        return train, lambda bert: _OfTheMean(bert, 2), score
+
+
+class _OfTheMean(models.BERTClassifier):
+    """Reads the mean of all tokens: the first one, [CLS], knows nothing of a text that is read left to right."""
+
+    def call(self, inputs, training=None):
+        real = ops.cast(padding_mask(inputs["token_ids"], self.encoder.pad_id), "float32")[..., None]
+        mean = ops.sum(real * self.encode(inputs, training), axis=1) / ops.sum(real, axis=1)
+        return self.classes(self.dropout(mean, training=training))
 
 
 def _articles(lines):
