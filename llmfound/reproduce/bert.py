@@ -46,10 +46,10 @@ class Objectives(Figure):
     def runs(self, settings):
         return [{"objective": "masked"}, {"objective": "left to right"}]
 
-    def prepare(self, settings, folder):
+    def prepare(self, settings, sets, folder):
         if settings["corpus"] == "made up":
             return _MadeUp(400, seed=0)
-        return _Published(settings, folder)
+        return _Published(settings, sets)
 
     def measure(self, run, settings, seed, prepared):
         s, causal = settings, run["objective"] == "left to right"
@@ -143,15 +143,15 @@ class _MadeUp:
 class _Published:
     """A corpus, and tasks of the public sets."""
 
-    def __init__(self, settings, folder):
-        self.folder = folder
+    def __init__(self, settings, sets):
+        self.sets = sets
         if settings["corpus"] == "wikitext2":
-            documents = _articles(data.wikitext2("train", folder))
+            documents = _articles(data.wikitext2("train", sets))
         else:
-            files = sorted(pathlib.Path(folder or ".").glob(settings["corpus"]))
+            files = sorted(pathlib.Path(sets or ".").glob(settings["corpus"]))
             if not files:
                 raise FileNotFoundError(
-                    f"There is no file {settings['corpus']} in {folder or 'the current folder'}: put texts there, one "
+                    f"There is no file {settings['corpus']} in {sets or 'the current folder'}: put texts there, one "
                     "sentence a line and blank lines between documents, or name another --data."
                 )
             documents = [document for file in files for document in data.read_documents(file)]
@@ -162,15 +162,15 @@ class _Published:
     def task(self, name, settings, seed):
         shape = dict(batch_size=settings["batch_size"], max_length=min(settings["max_length"], 128))
         if name == "wnut17":
-            words, tags = data.wnut17("train", self.folder)
+            words, tags = data.wnut17("train", self.sets)
             classes = ["O", *sorted({tag for row in tags for tag in row} - {"O"})]
             train = data.TaggingBatches(words, tags, self.tokenizer, classes, split_long=True, seed=seed, **shape)
-            words, tags = data.wnut17("test", self.folder)
+            words, tags = data.wnut17("test", self.sets)
             test = data.TaggingBatches(words, tags, self.tokenizer, classes, split_long=True, shuffle=False, **shape)
             score = lambda predict: training.entity_scores(tags, test.words(predict(test)))["f1"]  # noqa: E731
             return train, lambda bert: models.BERTTokenClassifier(bert, train.num_classes), score
-        train = data.SentenceBatches(*data.sst2("train", self.folder), self.tokenizer, seed=seed, **shape)
-        test = data.SentenceBatches(*data.sst2("dev", self.folder), self.tokenizer, 2, shuffle=False, **shape)
+        train = data.SentenceBatches(*data.sst2("train", self.sets), self.tokenizer, seed=seed, **shape)
+        test = data.SentenceBatches(*data.sst2("dev", self.sets), self.tokenizer, 2, shuffle=False, **shape)
         score = lambda predict: training.accuracy(test.labels, predict(test).argmax(-1))  # noqa: E731
         return train, lambda bert: _OfTheMean(bert, 2), score
 

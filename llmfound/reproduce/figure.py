@@ -41,12 +41,16 @@ class Figure:
         """List of runs."""
         raise NotImplementedError(f"{type(self).__name__} must say what it runs: override runs().")
 
-    def prepare(self, settings, folder):
-        """What all runs share, made once: data, vocabularies. `folder` is that of the public sets, or None."""
+    def prepare(self, settings, sets, folder):
+        """What all runs share: data, vocabularies, a model to begin with. It is made anew in each call.
+
+        `sets` is the folder of the public sets, or None; what takes minutes to make can be kept in `folder`, the
+        figure's own.
+        """
         return None
 
     def measure(self, run, settings, seed, prepared):
-        """One run: dict of str -> float or list of float."""
+        """One run: dict of str -> float, list of float, or anything else that JSON has, which `Results.all` returns."""
         raise NotImplementedError(f"{type(self).__name__} must say how a run is measured: override measure().")
 
     def verdicts(self, results):
@@ -59,7 +63,8 @@ class Figure:
 
     def table(self, results):
         """Rows of a Markdown table, the first of them the heading: lists of str."""
-        names = [name for name, found in results.numbers.items() if not any(np.ndim(x) for some in found for x in some)]
+        cells = {name: [x for of_run in found for x in of_run] for name, found in results.numbers.items()}
+        names = [name for name, found in cells.items() if all(isinstance(x, (int, float)) for x in found)]
         return [["run", *names], *[[label(run), *(results.cell(name, run) for name in names)] for run in results.runs]]
 
     def cost(self, settings):
@@ -90,10 +95,14 @@ class Results:
             name: [[row[name] for row in found[label(run)] if name in row] for run in runs] for name in names
         }
 
+    def all(self, name, **run):
+        """List over the seeds, of what the one run that has these values measured."""
+        (i,) = [i for i, one in enumerate(self.runs) if run.items() <= one.items()]
+        return self.numbers[name][i]
+
     def of(self, name, **run):
         """float (seeds, ...), a number of the one run that has these values."""
-        (i,) = [i for i, one in enumerate(self.runs) if run.items() <= one.items()]
-        return np.array(self.numbers[name][i], "float64")
+        return np.array(self.all(name, **run), "float64")
 
     def mean(self, name, **run):
         """float (...), over the seeds."""
@@ -148,7 +157,8 @@ def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None
     folder = pathlib.Path(out) / f"{figure.name}-{scale}"
     record = _open(folder, figure, scale, settings)
     runs = figure.runs(settings)
-    prepared = figure.prepare(settings, data or os.environ.get("LLMFOUND_DATA"))
+    keras.utils.set_random_seed(0)
+    prepared = figure.prepare(settings, data or os.environ.get("LLMFOUND_DATA"), folder)
     done = {(label(line["run"]), line["seed"]): line for line in record["runs"]}
     left = [(run, seed) for seed in range(count) for run in runs if (label(run), seed) not in done]
     say(f"{figure.title}. {len(runs)} runs with {count} seeds on {record['backend']}, {len(done)} of them done.")

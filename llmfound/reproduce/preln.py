@@ -223,10 +223,10 @@ class WarmUp(Figure):
     def runs(self, settings):
         return [{"norm": n, "warm-up": w} for n in BLOCKS for w in (settings["warmup"], 1)]
 
-    def prepare(self, settings, folder):
+    def prepare(self, settings, sets, folder):
         if settings["task"] == "reversal":
             return None
-        pairs = {part: data.multi30k(part, "en", "de", folder) for part in ("train", "val")}
+        pairs = {part: data.multi30k(part, "en", "de", sets) for part in ("train", "val")}
         words = [text for pair in pairs["train"] for text in pair]
         return pairs, data.Tokenizer.train(words, vocab_size=settings["vocabulary"])
 
