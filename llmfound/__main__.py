@@ -19,6 +19,7 @@ def parse(arguments=None):
     figure.add_argument("--seeds", type=int, help="how many; else the scale's")
     figure.add_argument("--out", default="runs/reproduce", help="folder")
     figure.add_argument("--data", help="folder of the public sets; else the environment variable LLMFOUND_DATA")
+    figure.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     options = parser.parse_args(arguments)
     if not (options.name or options.list):
         figure.error("name a figure, or --list them")
@@ -43,7 +44,7 @@ def main(options):
     if options.name not in FIGURES:
         raise SystemExit(f"There is no figure {options.name!r}; there are {', '.join(FIGURES)}.")
     try:
-        reproduce(FIGURES[options.name], options.scale, options.seeds, options.out, options.data,
+        reproduce(FIGURES[options.name], options.scale, options.seeds, options.out, options.data, options.jobs,
                   say=lambda text: print(text, flush=True))  # fmt: skip
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error

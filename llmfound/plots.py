@@ -33,14 +33,7 @@ def alignment(weights, source_tokens, target_tokens, title=None, path=None):
     if weights.ndim != 2:
         raise ValueError(f"weights must be (target_length, source_length); got shape {weights.shape}.")
     rows, columns = len(target_tokens), len(source_tokens)
-    if not (0 < rows <= weights.shape[0] and 0 < columns <= weights.shape[1]):
-        raise ValueError(
-            f"weights {weights.shape} must cover all tokens, (target, source) = ({rows}, {columns}), of which there "
-            "must be at least one each."
-        )
-    weights = weights[:rows, :columns]
-    if not np.isfinite(weights).all() or weights.min() < 0:
-        raise ValueError(f"weights must be finite and not negative; got {weights.min()} to {weights.max()}.")
+    weights = _covered(weights, rows, columns)
     cell = 0.42 if max(columns, rows) <= 30 else 0.28  # inches
     figure, [[axes]] = _figure(cell * columns + 2.2, cell * rows + 1.6)
     image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=weights.max() or 1, aspect="equal")
@@ -56,6 +49,47 @@ def alignment(weights, source_tokens, target_tokens, title=None, path=None):
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=9)
+    return _finish(figure, title, path)
+
+
+def heads(weights, query_tokens, key_tokens=None, titles=None, title=None, path=None):
+    """Heat maps of the attention of all heads, a row for each layer, from the first at the top; darker is more.
+
+    Source: Vaswani et al. 2017, figures 3 to 5, which show single heads.
+
+    Args:
+        weights: float (layers, heads, queries, keys), not negative; what is beyond the tokens is cut.
+        query_tokens: list of str.
+        key_tokens: list of str; None takes the query's tokens.
+        titles: str (layers, heads), beneath "layer.head" over each map.
+        title, path: as in `alignment`.
+
+    Returns:
+        matplotlib.figure.Figure.
+
+    Raises:
+        ValueError: if the weights are not of rank 4, not finite, negative, or fewer than the tokens.
+        ImportError: if matplotlib is missing.
+    """
+    key_tokens = query_tokens if key_tokens is None else key_tokens
+    weights = np.asarray(weights, "float64")
+    if weights.ndim != 4:
+        raise ValueError(f"weights must be (layers, heads, queries, keys); got shape {weights.shape}.")
+    rows, columns = len(query_tokens), len(key_tokens)
+    weights = _covered(weights, rows, columns)
+    layers, count = weights.shape[:2]
+    labels, text = _labels([*query_tokens, *key_tokens])
+    cell = 0.14  # inches
+    figure, panels = _figure(count * (cell * columns + 0.3) + 1.2, layers * (cell * rows + 0.5) + 1.2, layers, count,
+                             sharex=True, sharey=True)  # fmt: skip
+    for i, j in np.ndindex(layers, count):
+        axes = panels[i, j]
+        axes.imshow(weights[i, j], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_title(f"{i + 1}.{j + 1}" + (f"   {titles[i][j]}" if titles is not None else ""), fontsize=8)
+        axes.set_xticks(range(columns), labels[rows:], rotation=90, fontsize=7, **text)
+        axes.set_yticks(range(rows), labels[:rows], fontsize=7, **text)
+        axes.tick_params(length=0, pad=2)
+        axes.spines[:].set_color("0.8")
     return _finish(figure, title, path)
 
 
@@ -359,6 +393,19 @@ def _finish(figure, title, path):
     if path is not None:
         figure.savefig(path, dpi=150, bbox_inches="tight")
     return figure
+
+
+def _covered(weights, rows, columns):
+    """The weights (..., target, source) of the tokens alone."""
+    if not (0 < rows <= weights.shape[-2] and 0 < columns <= weights.shape[-1]):
+        raise ValueError(
+            f"weights {weights.shape} must cover all tokens, (target, source) = ({rows}, {columns}), of which there "
+            "must be at least one each."
+        )
+    weights = weights[..., :rows, :columns]
+    if not np.isfinite(weights).all() or weights.min() < 0:
+        raise ValueError(f"weights must be finite and not negative; got {weights.min()} to {weights.max()}.")
+    return weights
 
 
 def _labels(tokens):

@@ -51,6 +51,11 @@ class Coins(Figure):
         return 1.44e18 * settings["counts"][-1] / 99
 
 
+class Worthless(Coins):
+    def measure(self, run, settings, seed, prepared):
+        raise ArithmeticError("worthless")
+
+
 def numbers(folder):
     return [line["numbers"] for line in json.loads((folder / "results.json").read_text())["runs"]]
 
@@ -96,6 +101,17 @@ def test_an_interrupted_call_goes_on_with_the_same_numbers(tmp_path):
     assert numbers(tmp_path / "parts" / "coins-tiny") == numbers(tmp_path / "whole" / "coins-tiny")
 
 
+@ON_ONE_BACKEND
+def test_jobs_give_the_same_numbers(tmp_path):
+    said = []
+    reproduce.reproduce(Coins(), "tiny", out=tmp_path / "one")
+    reproduce.reproduce(Coins(), "tiny", out=tmp_path / "two", jobs=2, say=said.append)
+    assert numbers(tmp_path / "one" / "coins-tiny") == numbers(tmp_path / "two" / "coins-tiny")
+    assert len([text for text in said if text.startswith("coins ")]) == 4
+    with pytest.raises(ArithmeticError, match="worthless"):  # of a process of its own
+        reproduce.reproduce(Worthless(), "tiny", out=tmp_path / "none", jobs=2)
+
+
 def test_more_seeds_are_added_and_fewer_are_a_part(tmp_path):
     figure = Coins()
     for seeds, measured in ((1, 2), (3, 6), (2, 6)):
@@ -108,7 +124,7 @@ def test_what_cannot_be_made_fails_before_anything_is_run(tmp_path, monkeypatch)
     figure = Coins()
     with pytest.raises(ValueError, match="coins has the scales tiny, full; got 'small'"):
         reproduce.reproduce(figure, "small", out=tmp_path)
-    with pytest.raises(ValueError, match="at least one seed; got 0"):
+    with pytest.raises(ValueError, match="at least one seed and one job; got 0 and 1"):
         reproduce.reproduce(figure, "tiny", 0, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):

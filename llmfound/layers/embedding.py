@@ -31,6 +31,7 @@ class PositionEmbedding(Layer):
 
     Call arguments:
         x: float (batch, length, dim).
+        start: int, position of the first vector; a decoder that goes step by step passes its step.
 
     Returns:
         float (batch, length, dim).
@@ -50,14 +51,10 @@ class PositionEmbedding(Layer):
     def build(self, input_shape):
         self.embeddings = self.add_weight((self.max_length, input_shape[-1]), self.initializer, name="embeddings")
 
-    def call(self, x):
-        length, table = x.shape[1], ops.convert_to_tensor(self.embeddings)
-        check_length(length, self.max_length)
-        known = isinstance(length, int)  # not while a backend traces for any length
-        rows = table[:length] if known else ops.take(table, ops.arange(ops.shape(x)[1]), axis=0)
-        return x + ops.cast(rows, x.dtype)
+    def call(self, x, start=None):
+        return _placed(x, ops.convert_to_tensor(self.embeddings), start)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape, **kwargs):
         return input_shape
 
 
@@ -94,18 +91,21 @@ class PositionalEncoding(Layer):
         self.built = True
 
     def call(self, x, start=None):
-        length, dim = x.shape[1:]
-        known = isinstance(length, int)  # not while a backend traces for any length
-        end = length + (start if isinstance(start, int) else 0) if known else 0
-        check_length(end, self.max_length)
-        table = sinusoids(self.max_length, dim, self.layout)
-        if start is None and known:
-            return x + ops.cast(table[:length], x.dtype)
-        positions = ops.arange(ops.shape(x)[1]) + (0 if start is None else start)
-        return x + ops.cast(ops.take(table, positions, axis=0), x.dtype)
+        return _placed(x, sinusoids(self.max_length, x.shape[-1], self.layout), start)
 
     def compute_output_shape(self, input_shape, **kwargs):
         return input_shape
+
+
+def _placed(x, table, start):
+    """x plus the rows of a table of positions (max_length, dim), from row `start`."""
+    length = x.shape[1]
+    known = isinstance(length, int)  # not while a backend traces for any length
+    check_length(length + (start if isinstance(start, int) else 0) if known else 0, table.shape[0])
+    if start is None and known:
+        return x + ops.cast(table[:length], x.dtype)
+    positions = ops.arange(ops.shape(x)[1]) + (0 if start is None else start)
+    return x + ops.cast(ops.take(table, positions, axis=0), x.dtype)
 
 
 def check_length(length, max_length):

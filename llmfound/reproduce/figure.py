@@ -1,8 +1,10 @@
 """A figure of a paper, and what makes it: runs over seeds that go on where they stopped, a picture, and a page."""
 
+import concurrent.futures
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -16,6 +18,7 @@ from llmfound.training import mean_interval
 
 SCALES = ("tiny", "small", "full")
 FREE = 64 * 2**20  # bytes that must be free before anything is run
+THREADS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"
 H100 = 400e12  # floating-point operations per second of one H100 in bfloat16, at 40 % of its peak
 
 
@@ -124,7 +127,7 @@ class Results:
         return f"{mean:.3g}" if mean == low else f"{mean:.3g} ± {mean - low:.2g}"
 
 
-def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None, say=print):
+def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None, jobs=1, say=print):
     """Makes a figure: OUT/NAME-SCALE/ gets figure.png, results.json and report.md.
 
     Every run is written down when it is done, so an interrupted call goes on when made again, also with more seeds.
@@ -135,6 +138,7 @@ def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None
         seeds: int, how many; None takes the scale's.
         out: folder.
         data: folder of the public sets, where the scale needs some; None takes the environment variable LLMFOUND_DATA.
+        jobs: int, runs at a time, each in a process of its own with its share of the processor's cores.
         say: function of a str, for progress.
 
     Returns:
@@ -150,28 +154,23 @@ def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None
     settings = dict(figure.scales[scale])
     count = settings.pop("seeds") if seeds is None else seeds
     settings.pop("seeds", None)
-    if count < 1:
-        raise ValueError(f"There must be at least one seed; got {count}.")
+    if count < 1 or jobs < 1:
+        raise ValueError(f"There must be at least one seed and one job; got {count} and {jobs}.")
     from matplotlib import figure as _  # noqa: F401  now, rather than after hours
 
     folder = pathlib.Path(out) / f"{figure.name}-{scale}"
     record = _open(folder, figure, scale, settings)
     runs = figure.runs(settings)
-    keras.utils.set_random_seed(0)
-    prepared = figure.prepare(settings, data or os.environ.get("LLMFOUND_DATA"), folder)
+    sets = data or os.environ.get("LLMFOUND_DATA")
     done = {(label(line["run"]), line["seed"]): line for line in record["runs"]}
     left = [(run, seed) for seed in range(count) for run in runs if (label(run), seed) not in done]
     say(f"{figure.title}. {len(runs)} runs with {count} seeds on {record['backend']}, {len(done)} of them done.")
-    for i, (run, seed) in enumerate(left):
-        keras.backend.clear_session(free_memory=False)  # else all compiled programs would be lost
-        keras.utils.set_random_seed(seed)
-        start = time.perf_counter()
-        numbers = figure.measure(run, settings, seed, prepared)
-        line = dict(run=run, seed=seed, seconds=round(time.perf_counter() - start, 2), numbers=_plain(numbers))
-        record["runs"].append(line)
+    for line in _measured(figure, settings, sets, folder, left, jobs):
+        done[label(line["run"]), line["seed"]] = line
+        record["runs"] = sorted(done.values(), key=lambda line: (line["seed"], runs.index(line["run"])))
         _write(folder / "results.json", json.dumps(record, indent=1))
-        done[label(run), seed] = line
-        say(f"{label(run)}, seed {seed}: {line['seconds']:.1f} s, about {_clock(_remaining(done, left[i + 1 :]))} left")
+        rest = _clock(_remaining(done, [one for one in left if (label(one[0]), one[1]) not in done]) / jobs)
+        say(f"{label(line['run'])}, seed {line['seed']}: {line['seconds']:.1f} s, about {rest} left")
     chosen = [done[label(run), seed] for run in runs for seed in range(count)]
     results = Results(runs, settings, chosen)
     verdicts = [(sentence, bool(held)) for sentence, held in figure.verdicts(results)]
@@ -181,6 +180,50 @@ def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None
         say(f"{'held' if held else 'DID NOT HOLD'}: {sentence}")
     say(f"{folder / 'report.md'}")
     return verdicts
+
+
+def _measured(figure, settings, sets, folder, left, jobs):
+    """Yields the lines of (run, seed), as they are done."""
+    if not left:
+        return
+    prepared = _prepared(figure, settings, sets, folder)  # by every job too, but what is kept is made once
+    if jobs == 1:
+        for run, seed in left:
+            yield _line(figure, settings, prepared, run, seed)
+        return
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    os.environ.update(dict.fromkeys(THREADS, threads))  # of the processes that are started from here on
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (figure, settings, sets, folder))
+    try:
+        for line in concurrent.futures.as_completed([pool.submit(_one, run, seed) for run, seed in left]):
+            yield line.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _prepared(figure, settings, sets, folder):
+    keras.utils.set_random_seed(0)
+    return figure.prepare(settings, sets, folder)
+
+
+def _line(figure, settings, prepared, run, seed):
+    keras.backend.clear_session(free_memory=False)  # else all compiled programs would be lost
+    keras.utils.set_random_seed(seed)
+    start = time.perf_counter()
+    numbers = figure.measure(run, settings, seed, prepared)
+    return dict(run=run, seed=seed, seconds=round(time.perf_counter() - start, 2), numbers=_plain(numbers))
+
+
+_job = []  # of a process of its own: what it measures
+
+
+def _begin(figure, settings, sets, folder):
+    _job[:] = figure, settings, _prepared(figure, settings, sets, folder)
+
+
+def _one(run, seed):
+    return _line(*_job, run, seed)
 
 
 def _open(folder, figure, scale, settings):

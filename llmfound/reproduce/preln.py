@@ -4,9 +4,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from llmfound import data, models, plots, training
+from llmfound import models, plots, training
 from llmfound.layers import PostLNBlock, PreLNBlock
 from llmfound.reproduce.figure import Figure
+from llmfound.reproduce.translation import language, step_cost, take_steps, transformer
 
 BLOCKS = {"post": PostLNBlock, "pre": PreLNBlock}
 NAMES = {"post": "Post-LN", "pre": "Pre-LN"}
@@ -92,12 +93,6 @@ def decoder_gradients(norm, depth, seed, batches=1, hidden_dim=512, num_heads=4,
     ids = rng.choice(np.arange(1, vocabulary), (3, batches * rows, length), p=p / p.sum()).astype("int32")
     model.compile(Exposed(), training.SmoothedCrossEntropy(0.1))
     return gradient_norms(model, {"source_ids": ids[0], "target_ids": ids[1]}, ids[2])
-
-
-def step_cost(depth, tokens, hidden_dim=512, intermediate_dim=1024, vocabulary=10_000, **_):
-    """Floating-point operations of one step of an encoder-decoder: six for each weight and token, forward and back."""
-    weights = depth * (12 * hidden_dim**2 + 4 * hidden_dim * intermediate_dim) + vocabulary * hidden_dim
-    return 6 * weights * tokens
 
 
 class Gradients(Figure):
@@ -200,15 +195,15 @@ class WarmUp(Figure):
     )
     scales = {
         "tiny": dict(
-            seeds=2, task="reversal", layers=6, hidden_dim=32, num_heads=2, intermediate_dim=64, dropout=0.0,
-            rate=6e-3, warmup=100, steps=240, every=40, batch_tokens=384, vocabulary=12, length=6,
+            seeds=2, layers=6, hidden_dim=32, num_heads=2, intermediate_dim=64, dropout=0.0,
+            rate=6e-3, warmup=100, steps=240, every=40, batch_tokens=384, vocabulary=12, length=6, batches=240,
         ),
         "small": dict(
-            seeds=3, task="multi30k", layers=6, hidden_dim=128, num_heads=4, intermediate_dim=256, dropout=0.1,
+            seeds=3, layers=6, hidden_dim=128, num_heads=4, intermediate_dim=256, dropout=0.1,
             rate=2e-3, warmup=100, steps=300, every=50, batch_tokens=1024, vocabulary=4000,
         ),
         "full": dict(
-            seeds=3, task="multi30k", layers=6, hidden_dim=512, num_heads=4, intermediate_dim=1024, dropout=0.1,
+            seeds=3, layers=6, hidden_dim=512, num_heads=4, intermediate_dim=1024, dropout=0.1,
             rate=1e-3, warmup=4000, steps=30_000, every=1000, batch_tokens=4096, vocabulary=10_000,
         ),
     }  # fmt: skip
@@ -224,29 +219,14 @@ class WarmUp(Figure):
         return [{"norm": n, "warm-up": w} for n in BLOCKS for w in (settings["warmup"], 1)]
 
     def prepare(self, settings, sets, folder):
-        if settings["task"] == "reversal":
-            return None
-        pairs = {part: data.multi30k(part, "en", "de", sets) for part in ("train", "val")}
-        words = [text for pair in pairs["train"] for text in pair]
-        return pairs, data.Tokenizer.train(words, vocab_size=settings["vocabulary"])
+        return language(settings, sets)
 
     def measure(self, run, settings, seed, prepared):
-        s = settings
-        if prepared is None:
-            train, valid = _Reversals(s, seed), _Reversals(s, seed=10**6, steps=4)
-        else:
-            pairs, tokenizer = prepared
-            shape = dict(batch_tokens=s["batch_tokens"], max_length=64, seed=seed)
-            train, valid = (data.TranslationBatches(pairs[part], tokenizer, **shape) for part in ("train", "val"))
-        model = models.Transformer(
-            s["vocabulary"] if prepared is None else prepared[1].vocab_size, s["layers"], hidden_dim=s["hidden_dim"],
-            num_heads=s["num_heads"], intermediate_dim=s["intermediate_dim"], dropout=s["dropout"], norm=run["norm"],
-        )  # fmt: skip
-        rate = training.LinearWarmupDecay(s["rate"], run["warm-up"], s["steps"])
-        model.compile(training.Adam(rate, beta_2=0.98, epsilon=1e-9), training.SmoothedCrossEntropy(0.1))
+        s = {**settings, "norm": run["norm"], "warmup": run["warm-up"]}
+        model, train, valid = transformer(prepared, **s), prepared.batches("train", seed), prepared.batches("val")
         losses = []
         for first in range(0, s["steps"], s["every"]):
-            _steps(model, train, first, s["every"])
+            take_steps(model, train, first, s["every"])
             losses.append(model.evaluate(valid, verbose=0, return_dict=True)["loss"])
         return {"final loss": losses[-1], "losses": losses}
 
@@ -279,30 +259,3 @@ class WarmUp(Figure):
             warmup = f"warm-up of {run['warm-up']} steps" if run["warm-up"] > 1 else "no warm-up"
             series[f"{NAMES[run['norm']]}, {warmup}"] = (steps, *results.interval("losses", **run))
         plots.lines([plots.Panel("", "step", "validation loss", series)], self.title, path)
-
-
-class _Reversals(keras.utils.PyDataset):
-    """Rows of made-up tokens, to be written backwards. Token 1 begins them."""
-
-    def __init__(self, settings, seed, steps=None):
-        super().__init__()
-        self.s, self.seed, self.steps = settings, seed, steps or settings["steps"]
-
-    def __len__(self):
-        return self.steps
-
-    def __getitem__(self, i):
-        length = self.s["length"]
-        rng = np.random.default_rng([self.seed, i])
-        rows = rng.integers(3, self.s["vocabulary"], (self.s["batch_tokens"] // length, length)).astype("int32")
-        backwards = rows[:, ::-1].copy()
-        shifted = np.concatenate([np.ones_like(rows[:, :1]), backwards[:, :-1]], axis=1)
-        return {"source_ids": rows, "target_ids": shifted}, backwards
-
-
-def _steps(model, batches, first, count):
-    """Trains `count` steps on from step `first`, passes through the batches one after the other."""
-    for i in range(first, first + count):
-        if i % len(batches) == 0 and hasattr(batches, "epoch"):
-            batches.epoch = i // len(batches)
-        model.train_on_batch(*batches[i % len(batches)])
