@@ -171,6 +171,36 @@ def test_bad_weights(found, source, target, message):
         plots.alignment(found, words(source), words(target))
 
 
+# heads
+
+
+def test_every_head_has_a_map(tmp_path):
+    found = np.random.default_rng(0).dirichlet(np.ones(5), (2, 3, 6))
+    titles = [["a", "", ""], ["", "", "b"]]
+    figure = plots.heads(found, words(4), words(5, "key"), titles, path=tmp_path / "heads.png")
+    assert len(figure.axes) == 6 and (tmp_path / "heads.png").stat().st_size > 5000
+    for axes, expected in zip(figure.axes, found[:, :, :4].reshape(6, 4, 5)):
+        np.testing.assert_array_equal(axes.images[0].get_array(), expected)
+        assert axes.images[0].get_clim() == (0, 1)  # so that maps can be compared
+    assert [axes.get_title() for axes in figure.axes[::5]] == ["1.1   a", "2.3   b"]
+    assert [text.get_text() for text in figure.axes[3].get_yticklabels()] == words(4)
+    assert [text.get_text() for text in figure.axes[3].get_xticklabels()] == words(5, "key")
+    assert len(plots.heads(found[:1, :1, :5], words(5)).axes) == 1  # the keys are the queries
+
+
+@pytest.mark.parametrize(
+    "found, message",
+    [
+        (np.ones((2, 3, 3)), r"must be \(layers, heads, queries, keys\); got shape \(2, 3, 3\)"),
+        (np.ones((1, 1, 2, 3)), r"\(1, 1, 2, 3\) must cover all tokens, \(target, source\) = \(3, 3\)"),
+        (-np.ones((1, 1, 3, 3)), "finite and not negative; got -1.0 to -1.0"),
+    ],
+)
+def test_bad_weights_of_heads(found, message):
+    with pytest.raises(ValueError, match=message):
+        plots.heads(found, words(3))
+
+
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"Plots need matplotlib: pip install llmfound\[plots\]"):

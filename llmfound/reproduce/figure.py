@@ -14,6 +14,7 @@ import time
 import keras
 import numpy as np
 
+from llmfound import kernels
 from llmfound.training import mean_interval
 
 SCALES = ("tiny", "small", "full")
@@ -203,6 +204,7 @@ def _measured(figure, settings, sets, folder, left, jobs):
 
 
 def _prepared(figure, settings, sets, folder):
+    kernels.fast_matmul()
     keras.utils.set_random_seed(0)
     return figure.prepare(settings, sets, folder)
 

@@ -20,21 +20,21 @@ class Variations(Figure):
     # Perplexity on newstest2013. Sizes are relative to the base model's.
     BASE = 4.92
     PAPER = {
-        "one head": 5.29, "keys of a quarter": 5.16, "a third of the layers": 6.11, "half as wide": 5.75,
+        "one head": 5.29, "a quarter of d_k": 5.16, "a third of the layers": 6.11, "half as wide": 5.75,
         "twice as wide": 4.66, "half of the feed-forward": 5.12, "twice the feed-forward": 4.75, "no dropout": 5.77,
         "dropout doubled": 4.95, "no label smoothing": 4.67, "label smoothing doubled": 5.47, "learned positions": 4.92,
     }  # fmt: skip
     scales = {
         "tiny": dict(
             seeds=2, vocabulary=12, length=6, batches=12, batch_tokens=384, layers=1, hidden_dim=32, num_heads=4,
-            intermediate_dim=64, dropout=0.1, rate=5e-3, warmup=20, steps=240,
-            rows={"no label smoothing": dict(smoothing=0.0), "learned positions": dict(positions="learned")},
+            intermediate_dim=64, dropout=0.1, rate=5e-3, warmup=20, steps=150,
+            rows={"a quarter of d_k": dict(head_dim=2), "half as wide": dict(hidden_dim=16)},
         ),
         "small": dict(
             seeds=2, vocabulary=2000, pairs=4000, batch_tokens=1024, layers=2, hidden_dim=128, num_heads=4,
             intermediate_dim=256, dropout=0.1, rate=2e-3, warmup=100, steps=700, translated=200,
             rows={
-                "one head": dict(num_heads=1), "keys of a quarter": dict(head_dim=8), "no dropout": dict(dropout=0.0),
+                "one head": dict(num_heads=1), "a quarter of d_k": dict(head_dim=8), "no dropout": dict(dropout=0.0),
                 "no label smoothing": dict(smoothing=0.0), "learned positions": dict(positions="learned"),
             },
         ),
@@ -42,7 +42,7 @@ class Variations(Figure):
             seeds=3, vocabulary=10_000, pairs=None, batch_tokens=25_000, layers=6, hidden_dim=512, num_heads=8,
             intermediate_dim=2048, dropout=0.1, rate=7e-4, warmup=4000, steps=100_000, translated=None,
             rows={
-                "one head": dict(num_heads=1), "keys of a quarter": dict(head_dim=16),
+                "one head": dict(num_heads=1), "a quarter of d_k": dict(head_dim=16),
                 "a third of the layers": dict(layers=2), "half as wide": dict(hidden_dim=256),
                 "twice as wide": dict(hidden_dim=1024), "half of the feed-forward": dict(intermediate_dim=1024),
                 "twice the feed-forward": dict(intermediate_dim=4096), "no dropout": dict(dropout=0.0),
@@ -116,7 +116,7 @@ class Heads(Figure):
     scales = {
         "tiny": dict(
             seeds=2, vocabulary=12, length=6, batches=200, batch_tokens=384, layers=1, hidden_dim=32, num_heads=4,
-            intermediate_dim=64, dropout=0.0, rate=5e-3, warmup=20, steps=150, part="cross",
+            intermediate_dim=64, dropout=0.0, rate=5e-3, warmup=20, steps=250, part="cross",
         ),
         "small": dict(
             seeds=2, vocabulary=2000, pairs=None, batch_tokens=1024, layers=3, hidden_dim=128, num_heads=4,

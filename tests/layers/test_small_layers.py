@@ -172,6 +172,8 @@ def test_position_embedding_is_a_table_cut_to_the_length():
     assert table.shape == (7, 8) and 0 < np.abs(table).max() < 0.06
     assert_close(found, X + table[:4], 1e-7)
     assert_close(layer(X[:, :2]), X[:, :2] + table[:2], 1e-7)
+    for start in (3, ops.convert_to_tensor(3)):  # a decoder's step, known or not
+        assert_close(layer(X, start=start), X + table[3:7], 1e-7)
 
 
 def test_check_position_embedding():
@@ -183,6 +185,8 @@ def test_bad_arguments_of_position_embedding():
         PositionEmbedding(0)
     with pytest.raises(ValueError, match=r"A sequence of 4 is longer than the position table \(3\); .* max_length=4"):
         PositionEmbedding(3)(X)
+    with pytest.raises(ValueError, match=r"A sequence of 5 is longer than the position table \(4\)"):
+        PositionEmbedding(4)(X, start=1)
 
 
 # The vector of a text
