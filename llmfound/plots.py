@@ -283,7 +283,7 @@ def lines(panels, title=None, path=None):
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel(panel.x_label)
         axes.set_ylabel(panel.y_label)
-        if not panel.log:
+        if "y" not in panel.log:
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -333,7 +333,7 @@ def norms(recorder, title=None, path=None):
 
 
 def bars(groups, labels, y_label="", title=None, path=None):
-    """Groups of bars with their intervals, one colour for each name.
+    """Groups of bars with their intervals, one colour for each name; with one name there is no legend.
 
     Args:
         groups: dict, name -> list of (mean, low, high), one for each label.
@@ -358,7 +358,8 @@ def bars(groups, labels, y_label="", title=None, path=None):
         axes.bar(places, mean, width * 0.92, yerr=[mean - low, high - mean], capsize=3, label=name)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel(y_label)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    if len(groups) > 1:
+        axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(groups))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

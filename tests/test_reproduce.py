@@ -13,7 +13,7 @@ import pytest
 
 from llmfound import __main__ as command
 from llmfound import reproduce
-from llmfound.reproduce import FIGURES, Figure
+from llmfound.reproduce import FIGURES, Figure, ulmfit
 from llmfound.training import mean_interval
 
 plots = pytest.importorskip("matplotlib")
@@ -213,3 +213,33 @@ def test_a_figure_tells_what_it_is(figure):
         figure.cost({k: v for k, v in figure.scales[scale].items() if k != "seeds"}) for scale in ("tiny", "full")
     )
     assert 1e6 < cheap < dear < 1e22
+
+
+@ON_ONE_BACKEND
+def test_both_figures_of_ulmfit_share_a_language_model(tmp_path, monkeypatch):
+    folders = {figure: tmp_path / f"{figure.name}-tiny" for figure in (ulmfit.Ablation(), ulmfit.LowShot())}
+    settings = {"language_model": {**ulmfit.LANGUAGE_MODELS["tiny"], "words": 1000, "epochs": 1}}
+    first, second = folders
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.Model, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            first.prepare(settings, None, folders[first])
+    made = first.prepare(settings, None, folders[first])
+    monkeypatch.setattr(ulmfit, "_language_model", interrupt)
+    again = second.prepare(settings, None, folders[second])
+    assert made[2] == again[2] == tmp_path / "ulmfit-language-model-tiny-torch" / "model.keras"
+    assert made[0] == again[0] and made[1].vocabulary == again[1].vocabulary
+    assert [path.name for path in tmp_path.iterdir()] == ["ulmfit-language-model-tiny-torch"]
+    settings["language_model"]["rate"] = 1.0
+    with pytest.raises(ValueError, match="has a language model of other settings"):
+        second.prepare(settings, None, folders[second])
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_labels_to_reach_an_error():
+    counts, errors = (100, 200, 400), np.array([60.0, 40.0, 20.0])
+    found = [ulmfit.labels_to_reach(error, counts, errors) for error in (70, 60, 50, 40, 20, 10)]
+    np.testing.assert_allclose(found, [100, 100, 100 * 2**0.5, 200, 400, 400], rtol=1e-6)

@@ -80,6 +80,17 @@ def label(run):
     return ", ".join(f"{value}" if isinstance(value, str) else f"{key} {value}" for key, value in run.items())
 
 
+def take_steps(model, batches, first, count):
+    """Trains `count` steps on from step `first`, passes through the batches one after the other; list of the losses."""
+    losses = []
+    for i in range(first, first + count):
+        if i % len(batches) == 0 and hasattr(batches, "epoch"):
+            batches.epoch = i // len(batches)
+        model.reset_metrics()  # else Keras gives the mean of all steps so far
+        losses.append(model.train_on_batch(*batches[i % len(batches)][:2], return_dict=True)["loss"])
+    return [float(loss) for loss in losses]
+
+
 class Results:
     """The numbers of all runs.
 

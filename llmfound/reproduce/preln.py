@@ -6,8 +6,8 @@ from keras import ops
 
 from llmfound import models, plots, training
 from llmfound.layers import PostLNBlock, PreLNBlock
-from llmfound.reproduce.figure import Figure
-from llmfound.reproduce.translation import language, step_cost, take_steps, transformer
+from llmfound.reproduce.figure import Figure, take_steps
+from llmfound.reproduce.translation import language, step_cost, transformer
 
 BLOCKS = {"post": PostLNBlock, "pre": PreLNBlock}
 NAMES = {"post": "Post-LN", "pre": "Pre-LN"}

@@ -5,8 +5,8 @@ from keras import ops
 
 from llmfound import plots, training
 from llmfound.data import pad
-from llmfound.reproduce.figure import Figure
-from llmfound.reproduce.translation import language, step_cost, take_steps, transformer
+from llmfound.reproduce.figure import Figure, take_steps
+from llmfound.reproduce.translation import language, step_cost, transformer
 
 
 class Variations(Figure):

@@ -113,14 +113,6 @@ def transformer(language, steps, layers, hidden_dim, num_heads, intermediate_dim
     return model
 
 
-def take_steps(model, batches, first, count):
-    """Trains `count` steps on from step `first`, passes through the batches one after the other."""
-    for i in range(first, first + count):
-        if i % len(batches) == 0 and hasattr(batches, "epoch"):
-            batches.epoch = i // len(batches)
-        model.train_on_batch(*batches[i % len(batches)])
-
-
 def step_cost(layers, tokens, hidden_dim=512, intermediate_dim=1024, vocabulary=10_000, **_):
     """Floating-point operations of one step of an encoder-decoder: six for each weight and token, forward and back."""
     weights = layers * (12 * hidden_dim**2 + 4 * hidden_dim * intermediate_dim) + vocabulary * hidden_dim
