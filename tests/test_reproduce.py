@@ -170,7 +170,7 @@ def test_the_command_line():
     listed = run("reproduce", "--list")
     assert [line.split()[0] for line in listed.stdout.splitlines()] == list(FIGURES), listed.stderr
     unknown = run("reproduce", "preln")
-    assert unknown.returncode == 1 and "There is no figure 'preln'; there are preln-gradients" in unknown.stderr
+    assert unknown.returncode == 1 and "There is no figure 'preln'; there are rnnsearch-length" in unknown.stderr
     nothing = run("reproduce")
     assert nothing.returncode == 2 and "name a figure, or --list them" in nothing.stderr
 

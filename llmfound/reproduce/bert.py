@@ -89,7 +89,7 @@ class Masking(Figure):
     )
     scales = {
         "tiny": dict(
-            seeds=2, rows=((80, 10, 10), (100, 0, 0), (0, 0, 100)), corpus="made up", task="own word", layers=1,
+            seeds=2, rows=((80, 10, 10), (0, 20, 80)), corpus="made up", task="own word", layers=1,
             hidden_dim=32, max_length=16, batch_size=32, steps=120, rate=1e-2, tuning_steps=50, tuning_rate=1e-2,
             features_rate=3e-2,
         ),

@@ -136,7 +136,10 @@ class Ablation(_FineTuned):
     def verdicts(self, results):
         error = {row: results.mean("error, %", row=row) for row in results.settings["rows"]}
         ahead = error[SCRATCH] - error[ALL]
-        found = [(f"Pre-training and all three techniques err less than from scratch ({ahead:+.1f} points)", ahead > 0)]
+        found = [
+            (f"Pre-training and all three techniques err less than from scratch ({ahead:+.1f} points, more than 5)",
+             ahead > 5)
+        ]  # fmt: skip
         if LAST in error:
             others = max(error[row] for row in error if row not in (SCRATCH, LAST))
             found.append(
