@@ -135,6 +135,7 @@ class Heads(Figure):
     }
     SENTENCES = 64
     NEAR = range(-3, 4)  # places around a query
+    PLACES = {-3: "3 before", -2: "2 before", -1: "the one before", 0: "itself", 1: "the next", 2: "2 on", 3: "3 on"}
 
     def runs(self, settings):
         return [{"heads": "at the start"}, {"heads": "trained"}]
@@ -189,7 +190,7 @@ class Heads(Figure):
         names = "weights", "queries", "keys", "places", "shares"
         weights, queries, keys, places, shares = (results.all(name, heads="trained")[0] for name in names)
         titles = [
-            [f"{place:+d}: {100 * share:.0f} %" if share > 0.4 else "" for place, share in zip(*layer)]
+            [f"{self.PLACES[place]} {100 * share:.0f} %" if share > 0.4 else "" for place, share in zip(*layer)]
             for layer in zip(places, shares)
         ]
         plots.heads(weights, queries, keys, titles, self.title, path)

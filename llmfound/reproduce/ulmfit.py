@@ -131,7 +131,7 @@ class Ablation(_FineTuned):
 
     def measure(self, run, settings, seed, prepared):
         error, rate = self.classify(run["row"], settings["labels"], settings["rates"], settings, seed, prepared)
-        return {"error, %": error, "rate": rate}
+        return {"error, %": error, "chosen": {"rate": rate}}
 
     def verdicts(self, results):
         error = {row: results.mean("error, %", row=row) for row in results.settings["rows"]}
