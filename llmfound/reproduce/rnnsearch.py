@@ -17,7 +17,7 @@ COLOURS = {
 }  # fmt: skip
 NO_NOUNS = ("en", "et", "ou", "de", ",")
 MADE_UP = dict(
-    corpus="made up", lengths=(3, 8), vocabulary=20, max_length=10, batch_size=64, steps=110, rate=1e-2,
+    corpus="made up", lengths=(3, 8), vocabulary=20, max_length=10, batch_size=64, steps=150, rate=1e-2,
     sizes=dict(embedding_dim=32, hidden_dim=64, attention_dim=32, maxout_dim=32),
 )  # fmt: skip
 SMALL = dict(
@@ -29,7 +29,7 @@ PAPER = dict(
     sizes=models.RNNsearch.PAPER,
 )  # fmt: skip
 SHRUNK = {
-    "tiny": "models 64 wide learn to write rows of 3 to 8 made-up words backwards in 110 steps of Adam",
+    "tiny": "models 64 wide learn to write rows of 3 to 8 made-up words backwards in 150 steps of Adam",
     "small": "models 192 wide, {}, 4,000 words a side; Adam, and Glorot's start instead of the paper's "
     "smaller one, which so few steps would hardly leave",
     "full": "pairs of yours in the folder wmt14, train.en, train.fr, test.en and test.fr",
