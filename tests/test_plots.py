@@ -183,8 +183,8 @@ def test_every_head_has_a_map(tmp_path):
         np.testing.assert_array_equal(axes.images[0].get_array(), expected)
         assert axes.images[0].get_clim() == (0, 1)  # so that maps can be compared
     assert [axes.get_title() for axes in figure.axes[::5]] == ["1.1   a", "2.3   b"]
-    assert [text.get_text() for text in figure.axes[3].get_yticklabels()] == words(4)
-    assert [text.get_text() for text in figure.axes[3].get_xticklabels()] == words(5, "key")
+    assert [text.get_text() for text in figure.axes[3].get_yticklabels()] == [f"word{i}" for i in range(4)]
+    assert [text.get_text() for text in figure.axes[3].get_xticklabels()] == [f"key{i}" for i in range(5)]
     assert len(plots.heads(found[:1, :1, :5], words(5)).axes) == 1  # the keys are the queries
 
 

@@ -135,7 +135,7 @@ class Heads(Figure):
     }
     SENTENCES = 64
     NEAR = range(-3, 4)  # places around a query
-    PLACES = {-3: "3 before", -2: "2 before", -1: "the one before", 0: "the same place", 1: "the next", 2: "2 on", 3: "3 on"}
+    PLACES = {-3: "3 before", -2: "2 before", -1: "the one before", 0: "the same", 1: "the next", 2: "2 on", 3: "3 on"}
 
     def runs(self, settings):
         return [{"heads": "at the start"}, {"heads": "trained"}]
