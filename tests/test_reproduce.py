@@ -177,12 +177,13 @@ def test_the_command_line():
 
 @ON_ONE_BACKEND
 def test_the_command_line_takes_another_backend(tmp_path):
-    made = run("reproduce", "preln-gradients", "--scale", "tiny", "--seeds", "1", "--backend", "jax", "--out", tmp_path)
-    assert made.returncode == 0, made.stderr
-    assert "on jax, 0 of them done" in made.stdout
-    (tmp_path / "preln-gradients-tiny" / "results.json").write_text("{")
+    folder = tmp_path / "preln-gradients-tiny"
+    folder.mkdir()
+    (folder / "results.json").write_text('{"figure": "preln-gradients", "scale": "tiny", "backend": "torch"}')
     refused = run("reproduce", "preln-gradients", "--scale", "tiny", "--backend", "jax", "--out", tmp_path)
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("ValueError: "), refused.stderr
+    message = refused.stderr.splitlines()[-1]
+    assert refused.returncode == 1 and message.startswith("ValueError: "), refused.stderr
+    assert "has runs of another backend (torch, not jax)" in message
 
 
 def test_a_backend_that_is_not_installed(monkeypatch):
