@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from llmfound import __main__ as command
-from llmfound import reproduce
+from llmfound import decoding, reproduce
 from llmfound.reproduce import FIGURES, Figure, ulmfit
-from llmfound.training import mean_interval
+from llmfound.reproduce.figure import take_steps
+from llmfound.reproduce.transformer import divergence
+from llmfound.reproduce.translation import language, transformer
+from llmfound.training import SmoothedCrossEntropy, mean_interval
 
 plots = pytest.importorskip("matplotlib")
 ON_ONE_BACKEND = pytest.mark.skipif(keras.backend.backend() != "torch", reason="one backend is enough")
@@ -244,3 +247,54 @@ def test_labels_to_reach_an_error():
     counts, errors = (100, 200, 400), np.array([60.0, 40.0, 20.0])
     found = [ulmfit.labels_to_reach(error, counts, errors) for error in (70, 60, 50, 40, 20, 10)]
     np.testing.assert_allclose(found, [100, 100, 100 * 2**0.5, 200, 400, 400], rtol=1e-6)
+
+
+# What figures share
+
+BACKWARDS = dict(vocabulary=12, length=5, batches=3, batch_tokens=40)
+SIZES = dict(steps=10, layers=1, hidden_dim=8, num_heads=2, intermediate_dim=8, dropout=0.0, rate=1e-2, warmup=2)
+
+
+def test_rows_are_written_backwards():
+    made_up = language(BACKWARDS, None)
+    for part, count in (("train", 3), ("val", 4)):
+        batches = made_up.batches(part, seed=1)
+        assert len(batches) == count
+        x, y = batches[1]
+        assert x["source_ids"].shape == (8, 5) and x["source_ids"].min() >= 3 and x["source_ids"].max() < 12
+        np.testing.assert_array_equal(y, x["source_ids"][:, ::-1])
+        np.testing.assert_array_equal(x["target_ids"][:, 1:], y[:, :-1])
+        assert (x["target_ids"][:, 0] == 1).all()
+        np.testing.assert_array_equal(y, made_up.batches(part, seed=1)[1][1])
+    assert (made_up.batches("train", seed=1)[0][1] != made_up.batches("train", seed=2)[0][1]).any()
+    assert (made_up.batches("train", seed=1)[0][1] != made_up.batches("val")[0][1]).any()
+
+
+def test_losses_are_those_of_single_steps():
+    made_up = language(BACKWARDS, None)
+    model = transformer(made_up, **SIZES)
+    model.compile(keras.optimizers.SGD(0.0), SmoothedCrossEntropy(0.1))
+    batches = made_up.batches("train", seed=0)
+    expected = [model.evaluate(*batches[i], verbose=0, return_dict=True)["loss"] for i in (1, 2, 0, 1)]
+    np.testing.assert_allclose(take_steps(model, batches, 1, 4), expected, rtol=1e-5)
+    assert len(set(np.round(expected, 6))) == 3  # the mean of all would be another
+
+
+def test_learned_positions_can_be_decoded_step_by_step():
+    made_up = language(BACKWARDS, None)
+    model, (x, _) = transformer(made_up, positions="learned", **SIZES), made_up.batches("train")[0]
+    found = decoding.greedy(model, {"source_ids": x["source_ids"]}, max_length=5, end_id=2, forbidden_ids=[2])
+    assert found.shape == (8, 5)
+    shifted = np.concatenate([np.ones((8, 1), "int32"), found[:, :-1]], axis=1)
+    logits = model({"source_ids": x["source_ids"], "target_ids": shifted})
+    logits = keras.ops.convert_to_numpy(logits)
+    logits[..., [0, 2]] = -np.inf  # padding and what is forbidden
+    np.testing.assert_array_equal(found, logits.argmax(axis=-1))
+
+
+def test_divergence_of_heads():
+    same, disjoint = np.zeros((2, 3, 4)), np.zeros((2, 3, 4))
+    same[..., 1] = 1
+    disjoint[0, :, 0] = disjoint[1, :, 3] = 1
+    np.testing.assert_allclose([divergence(same), divergence(disjoint)], [0, 1], atol=1e-9)
+    np.testing.assert_allclose(divergence(np.stack([same, disjoint])), 0.5, atol=1e-9)  # the mean over layers
