@@ -39,7 +39,7 @@ def main(options):
 
     if options.list:
         for figure in FIGURES.values():
-            print(f"{figure.name:<20} {figure.title}. {figure.source}.")
+            print(f"{figure.name:<22} {figure.title}. {figure.source}.")
         return
     if options.name not in FIGURES:
         raise SystemExit(f"There is no figure {options.name!r}; there are {', '.join(FIGURES)}.")

@@ -105,7 +105,7 @@ class Gradients(Figure):
     )
     scales = {
         "tiny": dict(
-            seeds=3, depths=(2, 8), draws=5, sizes=dict(dim=128, length=16, classes=300), decoder_depths=(4,),
+            seeds=3, depths=(2, 8), draws=5, sizes=dict(dim=128, length=16, classes=300), decoder_depths=(6,),
             batches=2, decoder=dict(hidden_dim=64, intermediate_dim=128, vocabulary=500, rows=8, length=16),
         ),
         "small": dict(

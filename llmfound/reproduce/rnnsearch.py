@@ -29,7 +29,8 @@ PAPER = dict(
     sizes=models.RNNsearch.PAPER,
 )  # fmt: skip
 SHRUNK = {
-    "tiny": "models 64 wide learn to write rows of 3 to 8 made-up words backwards in 150 steps of Adam",
+    "tiny": "models 64 wide learn to write rows of 3 to 8 made-up words backwards in 150 steps of Adam, from Glorot's "
+    "start",
     "small": "models 192 wide, {}, 4,000 words a side; Adam, and Glorot's start instead of the paper's "
     "smaller one, which so few steps would hardly leave",
     "full": "pairs of yours in the folder wmt14, train.en, train.fr, test.en and test.fr",
