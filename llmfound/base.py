@@ -39,7 +39,18 @@ class Configured:
         return cls(**{k: restore(v) if isinstance(v, (dict, list, tuple)) else v for k, v in config.items()})
 
 
-class Layer(Configured, keras.layers.Layer):
+class BuiltByCall:
+    """Sublayers are built when the first call comes to them.
+
+    Without a `build`, Keras traces a call once more for each layer around it, only to find what is to be built: to make
+    a Transformer took ten seconds on TensorFlow.
+    """
+
+    def build(self, *shapes, **named_shapes):
+        pass
+
+
+class Layer(BuiltByCall, Configured, keras.layers.Layer):
     """A keras.layers.Layer whose config is its constructor arguments."""
 
     def get_build_config(self):
@@ -86,12 +97,14 @@ class _BuiltAfterInit(type(keras.Model)):
     def __call__(cls, *args, **kwargs):
         model = super().__call__(*args, **kwargs)  # the outermost __init__ has finished
         if not model.built:
+            # JAX compiles each operation on numbers, and none on shapes; TensorFlow is slower on shapes.
+            example = keras.KerasTensor if keras.backend.backend() == "jax" else keras.ops.zeros
             shapes = model.input_signature().items()
-            model({k: keras.ops.zeros((1, *(n or 2 for n in shape)), "int32") for k, shape in shapes})
+            model({k: example((1, *(n or 2 for n in shape)), "int32") for k, shape in shapes})
         return model
 
 
-class Model(Configured, keras.Model, metaclass=_BuiltAfterInit):
+class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
     """A keras.Model whose weights exist as soon as it is constructed, and which checks the ids it is given.
 
     A subclass tells in `input_signature()` the names and shapes of its inputs, a dict of integer arrays, and may tell

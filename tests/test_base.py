@@ -51,6 +51,16 @@ class Chain(llmfound.Layer):
         return x
 
 
+class Counting(Chain):
+    """Counts its calls."""
+
+    calls = 0
+
+    def call(self, x):
+        Counting.calls += 1
+        return super().call(x)
+
+
 class Raw(llmfound.Layer):
     """Owns a weight, beside a sublayer."""
 
@@ -454,3 +464,13 @@ def test_lean_sees_lora():
     layer.enable_lora(2)
     layer.lora_kernel_b.assign(np.ones(layer.lora_kernel_b.shape))
     assert_close(lean(layer, ops.convert_to_tensor(X)), layer(X), tolerance=1e-6)
+
+
+def test_a_call_is_made_once_to_build_what_is_nested(monkeypatch):
+    monkeypatch.setattr(Counting, "calls", 0)
+    nested = Counting(Counting(Counting(Dense(3))))
+    assert nested(X).shape == (2, 4, 3) and Counting.calls == 3  # Keras alone would call them again to find weights
+    assert [weight.path for weight in nested.weights] == [
+        f"{nested.name}/{nested.first.name}/{nested.first.first.name}/{nested.first.first.first.name}/{part}"
+        for part in ("kernel", "bias")
+    ]
