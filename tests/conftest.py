@@ -26,6 +26,8 @@ phases = (Phase.explicit, Phase.generate, Phase.shrink)
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, phases=phases)
 settings.load_profile("repeatable")
 
+STATUS = pytest.StashKey()
+
 if keras.backend.backend() != "tensorflow":
     sys.modules["tensorflow"] = None  # makes `import tensorflow` fail: nothing may need it on another backend
 if keras.backend.backend() == "torch":
@@ -36,6 +38,21 @@ if keras.backend.backend() == "torch":
 
 def pytest_report_header():
     return f"backend: {keras.backend.backend()}"
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.stash[STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure(config):
+    """On TensorFlow the process ends here, all being said: pytest would collect garbage next, and was seen to hang.
+
+    To free an iterator of tf.data waits for its thread, and where that thread runs Python, it waits for this one.
+    """
+    if keras.backend.backend() == "tensorflow" and STATUS in config.stash:
+        config.get_terminal_writer().flush()
+        os._exit(config.stash[STATUS])
 
 
 @pytest.fixture(autouse=True)
