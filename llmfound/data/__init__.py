@@ -11,7 +11,7 @@ from llmfound.data.pretraining import (
     split_sentences,
     write_documents,
 )
-from llmfound.data.sets import IMDB_CLASSES, TREC_CLASSES, imdb, trec, wikitext2
+from llmfound.data.sets import AG_NEWS_CLASSES, IMDB_CLASSES, TREC_CLASSES, ag_news, imdb, trec, wikitext2
 from llmfound.data.squad import Question, QuestionAnsweringBatches, read_squad
 from llmfound.data.streams import ClassificationBatches, LanguageModelBatches, stream, write_stream
 from llmfound.data.tasks import RTE_CLASSES, cola, mrpc, read_conll, read_labelled, rte, sst2, stsb, wnut17

@@ -1,11 +1,13 @@
 """Public sets of texts with classes, and of running text, as published or as hashed in `text.HASHES`."""
 
+import csv
 import json
 import os
 from pathlib import Path
 
-from llmfound.data.text import fetch, read_lines
+from llmfound.data.text import BY_HAND, fetch, read_lines
 
+AG_NEWS_CLASSES = ("World", "Sports", "Business", "Sci/Tech")
 IMDB_CLASSES = ("neg", "pos")
 TREC_CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 
@@ -83,6 +85,38 @@ def trec(split="train", folder=None):
             raise ValueError(f"Line {i} of {split} is no question with a class, but {line[:40]!r}.")
         labels.append(TREC_CLASSES.index(kind.partition(":")[0]))
         texts.append(text)
+    return texts, labels
+
+
+def ag_news(split="train", folder=None):
+    """AG News: titles and first sentences of news, 120,000 train and 7,600 test, in four classes (AG_NEWS_CLASSES).
+
+    For research that is not commercial. Source: Zhang, Zhao and LeCun 2015.
+
+    Args:
+        split: "train" or "test".
+        folder: where the files are, ag_news_csv/train.csv as published, or ag_news/test.csv.xz, which is the test part
+            alone; None takes LLMFOUND_DATA.
+
+    Returns:
+        The texts, list of str, title and description with a blank between them, as published, remains of escapes such
+        as " #39;" included; and their classes, list of int.
+
+    Raises:
+        FileNotFoundError: if the part is not there.
+        ValueError: if a row is not a class, a title and a description.
+    """
+    name = f"{_known(split, 'train', 'test')}.csv"
+    path = _published(folder, f"ag_news_csv/{name}") or _published(folder, f"ag_news/{name}")
+    if not path and split == "train":
+        raise FileNotFoundError(f"There is no ag_news_csv/train.csv in {folder}. {BY_HAND['ag_news']}")
+    path = path or fetch(f"ag_news/{name}.xz", folder)
+    texts, labels = [], []
+    for i, row in enumerate(csv.reader(read_lines(path)), 1):
+        if len(row) != 3 or row[0] not in ("1", "2", "3", "4"):
+            raise ValueError(f"Row {i} of {path} is not a class from 1 to 4, a title and a description, but {row}.")
+        labels.append(int(row[0]) - 1)
+        texts.append(" ".join(row[1:]))
     return texts, labels
 
 

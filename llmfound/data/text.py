@@ -11,6 +11,7 @@ from pathlib import Path
 
 # SHA-256 of every file that `fetch` knows.
 HASHES = {
+    "ag_news/test.csv.xz": "a9175d8db5f82f815d6622473c39e830a816cf28231511178d73bc60fe9f770c",
     "cola/dev.tsv.gz": "14ad4e8dbf7e75d4e3b38c589bfa8a3dab8c015827581205efe7b77010f315ae",
     "cola/train.tsv.gz": "a1208d9681949aa1869ae83503ba7cc147337c4a7e5e1c4d256215655c2b467f",
     "imdb/test.jsonl.xz": "5ff94fb35ecf67aedffc55dc19a810e9b50ed193bfbd8259efc007353aa0c3e5",
@@ -56,6 +57,8 @@ ADDRESSES = {"multi30k": "https://raw.githubusercontent.com/multi30k/dataset/mas
 BY_HAND = {
     "tatoeba": "eng-fra.*.tsv.xz come with the source of llmfound, in examples/data. https://www.manythings.org/anki/ "
     "has newer and other pairs (deu-eng.zip, fra-eng.zip): unpack one and use read_pairs(path, columns=(0, 1)).",
+    "ag_news": "train.csv and test.csv in a folder ag_news_csv will do: https://raw.githubusercontent.com/mhjabreel/"
+    "CharCnn_Keras/master/data/ag_news_csv/.",
     "imdb": "aclImdb_v1.tar.gz, unpacked there, will do: https://ai.stanford.edu/~amaas/data/sentiment/.",
     "trec": "train_5500.label and TREC_10.label will do: https://cogcomp.seas.upenn.edu/Data/QA/QC/.",
     "wikitext-2": "wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens of wikitext-2-v1.zip will do.",

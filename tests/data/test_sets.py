@@ -7,7 +7,7 @@ import lzma
 
 import pytest
 
-from llmfound.data import imdb, text, trec, wikitext2
+from llmfound.data import ag_news, imdb, text, trec, wikitext2
 
 
 def hashed(monkeypatch, folder, name, content):
@@ -59,11 +59,28 @@ def test_trec(published, monkeypatch, tmp_path):
     assert trec("test", tmp_path) == (["How did it go ?", "When was Pel\u00f0 born ?"], [1, 5])
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_ag_news(published, monkeypatch, tmp_path):
+    content = '"3","Fears, again","Unions #39; say"\n"1","Peace","A ""war"" ends.\\"\n'
+    if published:
+        (tmp_path / "ag_news_csv").mkdir()
+        (tmp_path / "ag_news_csv" / "test.csv").write_text(content)
+    else:
+        hashed(monkeypatch, tmp_path, "ag_news/test.csv.xz", content)
+    assert ag_news("test", tmp_path) == (["Fears, again Unions #39; say", 'Peace A "war" ends.\\'], [2, 0])
+
+
 def test_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cannot be downloaded\. aclImdb_v1\.tar\.gz"):
         imdb("train", tmp_path)
     with pytest.raises(ValueError, match="split must be one of train, test; got 'dev'"):
         trec("dev", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no ag_news_csv/train\.csv in .*CharCnn_Keras"):
+        ag_news("train", tmp_path)
+    (tmp_path / "ag_news").mkdir()
+    (tmp_path / "ag_news" / "train.csv").write_text('"1","Peace","A war ends."\n"5","Peace","A war ends."\n')
+    with pytest.raises(ValueError, match=r"Row 2 of .*train\.csv is not a class from 1 to 4, .*'5', 'Peace'"):
+        ag_news("train", tmp_path)
     (tmp_path / "aclImdb").mkdir()
     with pytest.raises(FileNotFoundError, match=r"aclImdb has no train/pos/\*\.txt"):
         imdb("train", tmp_path)
