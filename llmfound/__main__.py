@@ -48,6 +48,8 @@ def main(options):
                   say=lambda text: print(text, flush=True))  # fmt: skip
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted. What was done is kept, and the same command goes on.") from None
 
 
 if __name__ == "__main__":

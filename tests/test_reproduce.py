@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -55,8 +56,15 @@ class Coins(Figure):
 
 
 class Worthless(Coins):
+    scales = {"tiny": dict(seeds=1, counts=(1,))}
+
     def measure(self, run, settings, seed, prepared):
         raise ArithmeticError("worthless")
+
+
+class Killed(Worthless):
+    def measure(self, run, settings, seed, prepared):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def numbers(folder):
@@ -113,6 +121,8 @@ def test_jobs_give_the_same_numbers(tmp_path):
     assert len([text for text in said if text.startswith("coins ")]) == 4
     with pytest.raises(ArithmeticError, match="worthless"):  # of a process of its own
         reproduce.reproduce(Worthless(), "tiny", out=tmp_path / "none", jobs=2)
+    with pytest.raises(ChildProcessError, match=r"was killed; .* fewer than 2 jobs .* the same call goes on"):
+        reproduce.reproduce(Killed(), "tiny", out=tmp_path / "none", jobs=2)
 
 
 def test_more_seeds_are_added_and_fewer_are_a_part(tmp_path):
@@ -168,14 +178,14 @@ def run(*arguments, **environment):
                           capture_output=True, text=True)  # fmt: skip
 
 
-@ON_ONE_BACKEND
-def test_the_command_line():
-    listed = run("reproduce", "--list")
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(FIGURES), listed.stderr
-    unknown = run("reproduce", "preln")
-    assert unknown.returncode == 1 and "There is no figure 'preln'; there are rnnsearch-length" in unknown.stderr
-    nothing = run("reproduce")
-    assert nothing.returncode == 2 and "name a figure, or --list them" in nothing.stderr
+def test_the_command_line(capsys):
+    command.main(command.parse(["reproduce", "--list"]))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(FIGURES)
+    with pytest.raises(SystemExit, match=r"There is no figure 'preln'; there are rnnsearch-length"):
+        command.main(command.parse(["reproduce", "preln"]))
+    with pytest.raises(SystemExit, match="2"):
+        command.parse(["reproduce"])
+    assert "name a figure, or --list them" in capsys.readouterr().err
 
 
 @ON_ONE_BACKEND
@@ -194,6 +204,12 @@ def test_a_backend_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=rf'{other} is not installed: pip install "llmfound\[{other}\]"'):
         command.main(command.parse(["reproduce", "preln-gradients", "--backend", other]))
+
+
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch):
+    monkeypatch.setattr(reproduce, "reproduce", interrupt)
+    with pytest.raises(SystemExit, match=r"Interrupted\. What was done is kept, and the same command goes on"):
+        command.main(command.parse(["reproduce", "preln-gradients"]))
 
 
 # The figures

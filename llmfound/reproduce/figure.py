@@ -160,6 +160,7 @@ def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None
         ValueError: if the scale is unknown, there is no seed, or the folder holds runs of other settings.
         OSError: before anything is run, if the folder cannot be written or its disk is full.
         ImportError: before anything is run, if matplotlib is missing.
+        ChildProcessError: if the process of a job is killed.
     """
     if scale not in figure.scales:
         raise ValueError(f"{figure.name} has the scales {', '.join(figure.scales)}; got {scale!r}.")
@@ -210,6 +211,11 @@ def _measured(figure, settings, sets, folder, left, jobs):
     try:
         for line in concurrent.futures.as_completed([pool.submit(_one, run, seed) for run, seed in left]):
             yield line.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise ChildProcessError(
+            f"A process of a run was killed; often for memory, which fewer than {jobs} jobs need less of. What was "
+            "done is kept, and the same call goes on."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
