@@ -43,11 +43,14 @@ class BuiltByCall:
     """Sublayers are built when the first call comes to them.
 
     Without a `build`, Keras traces a call once more for each layer around it, only to find what is to be built: to make
-    a Transformer took ten seconds on TensorFlow.
+    a Transformer took ten seconds on TensorFlow. On torch, where that is cheap, a layer lists its parameters as soon as
+    it is built, so there they must be found before.
     """
 
-    def build(self, *shapes, **named_shapes):
-        pass
+    if keras.backend.backend() != "torch":
+
+        def build(self, *shapes, **named_shapes):
+            pass
 
 
 class Layer(BuiltByCall, Configured, keras.layers.Layer):

@@ -466,6 +466,7 @@ def test_lean_sees_lora():
     assert_close(lean(layer, ops.convert_to_tensor(X)), layer(X), tolerance=1e-6)
 
 
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="there parameters are found by further calls")
 def test_a_call_is_made_once_to_build_what_is_nested(monkeypatch):
     monkeypatch.setattr(Counting, "calls", 0)
     nested = Counting(Counting(Counting(Dense(3))))
@@ -474,3 +475,10 @@ def test_a_call_is_made_once_to_build_what_is_nested(monkeypatch):
         f"{nested.name}/{nested.first.name}/{nested.first.first.name}/{nested.first.first.first.name}/{part}"
         for part in ("kernel", "bias")
     ]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="about torch's own lists of parameters")
+def test_torch_knows_every_parameter():
+    model = llmfound.models.Transformer(11, 2, 8, 2, 16, norm="pre")
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == model.count_params()
+    assert len([name for name in model.state_dict() if name.startswith("_torch_params.")]) >= len(model.weights)
