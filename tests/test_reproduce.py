@@ -259,6 +259,14 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
+def test_the_parts_of_ag_news_share_no_article(monkeypatch):
+    monkeypatch.setattr(ulmfit.data, "ag_news", lambda *_: ([f"text {i}" for i in range(1500)], list(range(1500))))
+    task = ulmfit._task("ag_news", None)
+    assert [len(task[part][0]) for part in ("train", "test")] == [500, 1000]
+    assert len({text for texts, _ in task.values() for text in texts}) == 1500
+    assert all(text == f"text {label}" for part in task.values() for text, label in zip(*part))
+
+
 def test_labels_to_reach_an_error():
     counts, errors = (100, 200, 400), np.array([60.0, 40.0, 20.0])
     found = [ulmfit.labels_to_reach(error, counts, errors) for error in (70, 60, 50, 40, 20, 10)]

@@ -199,8 +199,8 @@ class WarmUp(Figure):
             rate=8e-3, warmup=60, steps=150, every=30, batch_tokens=240, vocabulary=12, length=6, batches=150,
         ),
         "small": dict(
-            seeds=3, layers=6, hidden_dim=128, num_heads=4, intermediate_dim=256, dropout=0.1,
-            rate=2e-3, warmup=100, steps=300, every=50, batch_tokens=1024, vocabulary=4000,
+            seeds=2, layers=3, hidden_dim=128, num_heads=4, intermediate_dim=256, dropout=0.1,
+            rate=3e-3, warmup=150, steps=400, every=50, batch_tokens=1024, vocabulary=2000, words=12,
         ),
         "full": dict(
             seeds=3, layers=6, hidden_dim=512, num_heads=4, intermediate_dim=1024, dropout=0.1,
@@ -209,8 +209,8 @@ class WarmUp(Figure):
     }  # fmt: skip
     shrunk = {
         "tiny": "a 4-4 Transformer 32 wide that learns to write a row of made-up tokens backwards.",
-        "small": "a 6-6 Transformer 128 wide, 300 steps of 1,024 tokens on Multi30k English-German instead of IWSLT14 "
-        "German-English; the rate falls linearly to 0.",
+        "small": "a 3-3 Transformer 128 wide, 400 steps of 1,024 tokens on Multi30k's English-German captions of at "
+        "most 12 words instead of IWSLT14 German-English; the rate rises to 3e-3 and falls linearly to 0.",
         "full": "the paper's model and warm-up on Multi30k English-German instead of IWSLT14; the rate falls linearly "
         "to 0.",
     }

@@ -51,16 +51,18 @@ class _Rows(keras.utils.PyDataset):
 
 
 class Multi30k:
-    """English-German pairs of Multi30k, of at most 30 words, in sub-words of both languages.
+    """English-German pairs of Multi30k, in sub-words of both languages.
 
     Args:
-        settings: dict, with "vocabulary", "batch_tokens", and "pairs", the first so many to train on (None: all).
+        settings: dict, with "vocabulary", "batch_tokens", "words", the most in a sentence (30 without it), and "pairs",
+            the first so many to train on (None: all).
         sets: folder of the public sets.
     """
 
     def __init__(self, settings, sets):
+        most = settings.get("words", 30)
         self.pairs = {
-            part: [pair for pair in data.multi30k(part, "en", "de", sets) if max(len(s.split()) for s in pair) <= 30]
+            part: [pair for pair in data.multi30k(part, "en", "de", sets) if max(len(s.split()) for s in pair) <= most]
             for part in ("train", "val")
         }
         self.pairs["train"] = self.pairs["train"][: settings.get("pairs")]
