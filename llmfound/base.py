@@ -40,7 +40,7 @@ class Configured:
 
 
 class BuiltByCall:
-    """Sublayers are built when the first call comes to them.
+    """Sublayers are built when the first call comes to them; `build` itself makes nothing.
 
     Without a `build`, Keras traces a call once more for each layer around it, only to find what is to be built: to make
     a Transformer took ten seconds on TensorFlow. On torch, where that is cheap, a layer lists its parameters as soon as
