@@ -100,10 +100,8 @@ class _BuiltAfterInit(type(keras.Model)):
     def __call__(cls, *args, **kwargs):
         model = super().__call__(*args, **kwargs)  # the outermost __init__ has finished
         if not model.built:
-            # JAX compiles each operation on numbers, and none on shapes; TensorFlow is slower on shapes.
-            example = keras.KerasTensor if keras.backend.backend() == "jax" else keras.ops.zeros
             shapes = model.input_signature().items()
-            model({k: example((1, *(n or 2 for n in shape)), "int32") for k, shape in shapes})
+            model({k: keras.ops.zeros((1, *(n or 2 for n in shape)), "int32") for k, shape in shapes})
         return model
 
 
