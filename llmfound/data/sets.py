@@ -109,7 +109,8 @@ def ag_news(split="train", folder=None):
     name = f"{_known(split, 'train', 'test')}.csv"
     path = _published(folder, f"ag_news_csv/{name}") or _published(folder, f"ag_news/{name}")
     if not path and split == "train":
-        raise FileNotFoundError(f"There is no ag_news_csv/train.csv in {folder}. {BY_HAND['ag_news']}")
+        where = folder or os.environ.get("LLMFOUND_DATA") or "the folder that folder=... or LLMFOUND_DATA should name"
+        raise FileNotFoundError(f"There is no ag_news_csv/train.csv in {where}. {BY_HAND['ag_news']}")
     path = path or fetch(f"ag_news/{name}.xz", folder)
     texts, labels = [], []
     for i, row in enumerate(csv.reader(read_lines(path)), 1):

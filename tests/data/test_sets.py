@@ -70,13 +70,16 @@ def test_ag_news(published, monkeypatch, tmp_path):
     assert ag_news("test", tmp_path) == (["Fears, again Unions #39; say", 'Peace A "war" ends.\\'], [2, 0])
 
 
-def test_what_is_not_there(tmp_path):
+def test_what_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"cannot be downloaded\. aclImdb_v1\.tar\.gz"):
         imdb("train", tmp_path)
     with pytest.raises(ValueError, match="split must be one of train, test; got 'dev'"):
         trec("dev", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no ag_news_csv/train\.csv in .*CharCnn_Keras"):
         ag_news("train", tmp_path)
+    monkeypatch.setenv("LLMFOUND_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=rf"no ag_news_csv/train\.csv in {tmp_path}\."):
+        ag_news("train")
     (tmp_path / "ag_news").mkdir()
     (tmp_path / "ag_news" / "train.csv").write_text('"1","Peace","A war ends."\n"5","Peace","A war ends."\n')
     with pytest.raises(ValueError, match=r"Row 2 of .*train\.csv is not a class from 1 to 4, .*'5', 'Peace'"):
