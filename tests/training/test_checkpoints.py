@@ -1,6 +1,6 @@
 """Checkpoints: whole or not there, and a run that was killed ends like one that was not, bit for bit.
 
-Run as a script, `python test_checkpoints.py FOLDER EPOCHS`, this file is the training process that is killed.
+Run as a script, `python test_checkpoints.py FOLDER EPOCHS [transformer]`, this file is the training process that is killed.
 """
 
 import functools
@@ -451,7 +451,7 @@ def test_any_dataset_without_epoch(tmp_path):
     assert int(ops.convert_to_numpy(model.optimizer.iterations)) == 12
 
 
-def kill_and_compare(folder, epochs, kills, seed):
+def kill_and_compare(folder, epochs, kills, seed, transformer=False):
     """Kills the training process at random moments, lets the last one end, and compares it with one in this process.
 
     Every other kill waits for a file that is being written.
@@ -460,7 +460,7 @@ def kill_and_compare(folder, epochs, kills, seed):
         int, the kills that left an unfinished file.
     """
     generator = random.Random(seed)
-    command = [sys.executable, __file__, str(folder), str(epochs)]
+    command = [sys.executable, __file__, str(folder), str(epochs), *["transformer"] * transformer]
     written = Checkpoints(folder, steps=1)
     log = folder.with_suffix(".log")
     partial = 0
@@ -487,7 +487,7 @@ def kill_and_compare(folder, epochs, kills, seed):
     subprocess.run(command, check=True, capture_output=True)
     found, place = stored(written.paths[-1])
     assert (place["epoch"], place["batch"]) == (epochs, 0)
-    assert_same(found, uninterrupted(epochs, transformer=True)[0])
+    assert_same(found, uninterrupted(epochs, transformer)[0])
     assert not list(folder.glob("*.partial")) and not list(folder.glob("*.damaged"))
     return partial
 
@@ -500,10 +500,10 @@ def test_run_killed_twice_ends_like_one_without_interruption(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL")
 def test_run_killed_at_20_random_moments_ends_like_one_without_interruption(tmp_path):
-    partial = kill_and_compare(tmp_path / "run", epochs=60, kills=20, seed=1)
+    partial = kill_and_compare(tmp_path / "run", epochs=60, kills=20, seed=1, transformer=True)
     assert partial > 0
     print(f"{partial} of 20 kills left an unfinished file")
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], int(sys.argv[2]), transformer=True)
+    train(sys.argv[1], int(sys.argv[2]), transformer="transformer" in sys.argv)
