@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, and a run that was killed ends like one that was not, bit for bit.
 
-Run as a script, `python test_checkpoints.py FOLDER EPOCHS [transformer]`, this file is the training process that is killed.
+Run as a script, this file is the training process that is killed: `python test_checkpoints.py FOLDER EPOCHS`, and
+`transformer` at the end for that model.
 """
 
 import functools
