@@ -195,8 +195,8 @@ class WarmUp(Figure):
     )
     scales = {
         "tiny": dict(
-            seeds=2, layers=4, hidden_dim=32, num_heads=2, intermediate_dim=64, dropout=0.0,
-            rate=8e-3, warmup=60, steps=150, every=30, batch_tokens=240, vocabulary=12, length=6, batches=150,
+            seeds=2, layers=3, hidden_dim=32, num_heads=2, intermediate_dim=64, dropout=0.0,
+            rate=8e-3, warmup=60, steps=150, every=50, batch_tokens=240, vocabulary=12, length=6, batches=150,
         ),
         "small": dict(
             seeds=2, layers=3, hidden_dim=128, num_heads=4, intermediate_dim=256, dropout=0.1,
@@ -208,7 +208,7 @@ class WarmUp(Figure):
         ),
     }  # fmt: skip
     shrunk = {
-        "tiny": "a 4-4 Transformer 32 wide that learns to write a row of made-up tokens backwards.",
+        "tiny": "a 3-3 Transformer 32 wide that learns to write a row of made-up tokens backwards.",
         "small": "a 3-3 Transformer 128 wide, 400 steps of 1,024 tokens on Multi30k's English-German captions of at "
         "most 12 words instead of IWSLT14 German-English; the rate rises to 3e-3 and falls linearly to 0.",
         "full": "the paper's model and warm-up on Multi30k English-German instead of IWSLT14; the rate falls linearly "
