@@ -167,7 +167,18 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
         if getattr(x, "in_order", False):  # batches that go on from each other, which Keras would shuffle
             if kwargs.setdefault("shuffle", False):
                 raise ValueError(f"{type(x).__name__} must be read in order; leave out shuffle={kwargs['shuffle']!r}.")
+        self._build_optimizer()
         return super().fit(self._checked(x), *args, **kwargs)
+
+    def _build_optimizer(self):
+        """Before the first step, as Keras does on JAX and torch; TensorFlow would make its variables inside the step.
+
+        That takes it a third of the time that it needs to trace the step.
+        """
+        optimizer = getattr(self, "optimizer", None)
+        if keras.backend.backend() == "tensorflow" and optimizer and not optimizer.built and self.built:
+            with self.distribute_strategy.scope():
+                optimizer.build(self.trainable_variables)
 
     def evaluate(self, x=None, *args, **kwargs):
         return super().evaluate(self._checked(x), *args, **kwargs)
@@ -176,6 +187,7 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
         return super().predict(self._checked(x), *args, **kwargs)
 
     def train_on_batch(self, x, *args, **kwargs):
+        self._build_optimizer()
         return super().train_on_batch(self._checked(x), *args, **kwargs)
 
     def test_on_batch(self, x, *args, **kwargs):

@@ -477,6 +477,21 @@ def test_a_call_is_made_once_to_build_what_is_nested(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("train", ["fit", "train_on_batch"])
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="about TensorFlow's traces")
+def test_a_training_step_is_traced_once(train, monkeypatch):
+    """Keras alone makes the optimizer's variables inside the step, and TensorFlow then traces it a second time."""
+    model = llmfound.models.BERTClassifier(llmfound.models.BERT(11, 1, 8, 2, 16), 3)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    calls = []
+    call = type(model).call
+    monkeypatch.setattr(
+        type(model), "call", lambda self, *args, **kwargs: calls.append(1) or call(self, *args, **kwargs)
+    )
+    getattr(model, train)({"token_ids": np.ones((2, 4), "int32")}, np.ones(2, "int32"))
+    assert len(calls) == 1
+
+
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="about torch's own lists of parameters")
 def test_torch_knows_every_parameter():
     model = llmfound.models.Transformer(11, 2, 8, 2, 16, norm="pre")

@@ -99,9 +99,7 @@ class Subject:
     @functools.cached_property
     def trainer(self):
         """The second layer in a compiled model, whose optimizer keeps the gradients."""
-        model = self.trainable(self.second)
-        model.compile(Recorder(0.1, name="recorder"), self.loss)
-        return model
+        return compiled(self.trainable(self.second), Recorder(0.1, name="recorder"), self.loss)
 
     def fit(self, arguments=None, steps=1):
         """Steps on one batch, from the weights under test: the losses, and {weight path: gradient} of the last one."""
@@ -270,6 +268,14 @@ class _Probe(keras.Model):
         return reached + sum(
             ops.mean(ops.multiply(ops.cast(y, "float32"), f.astype("float32"))) for y, f in zip(outputs, factors)
         )
+
+
+def compiled(model, optimizer, loss):
+    """The model, compiled; the optimizer's variables are made before a step, inside which TensorFlow takes long."""
+    model.compile(optimizer, loss)
+    if all(layer.built for layer in model._flatten_layers(include_self=False)):
+        optimizer.build(model.trainable_variables)
+    return model
 
 
 class _MaskReader(keras.layers.Layer):

@@ -12,7 +12,7 @@ import traceback
 import keras
 import numpy as np
 
-from llmfound.testing.subjects import KeepsGradients, LayerSubject, ModelSubject, mask_of, reset_states
+from llmfound.testing.subjects import KeepsGradients, LayerSubject, ModelSubject, compiled, mask_of, reset_states
 
 RANDOM = "rate", "dropout", "recurrent_dropout", "stddev"  # attributes that make a Keras layer random in training
 
@@ -207,8 +207,8 @@ class Work:
                 if isinstance(vars(layer).get(name), float):
                     setattr(layer, name, 0.0)
         reset_states(self.subject.second)
-        self.model = self.subject.trainable(self.subject.second, shift_inputs=True)
-        self.model.compile(_AdamRecorder(1e-2, epsilon=1e-3, name="recorder"), self.subject.loss)
+        model = self.subject.trainable(self.subject.second, shift_inputs=True)
+        self.model = compiled(model, _AdamRecorder(1e-2, epsilon=1e-3, name="recorder"), self.subject.loss)
         self.losses = self.fit(1)
         weights, gradients = self.model.trainable_weights, self.model.optimizer.gradients
         return {self.name(w).removeprefix("probe/"): g.value for w, g in zip(weights, gradients)}
