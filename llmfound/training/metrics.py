@@ -129,7 +129,7 @@ def bleu(hypotheses, references, lowercase=False, tokenize="13a", bootstrap=0):
             raise ValueError(f"hypotheses and references must be str; entry {i} is {texts!r}.")
     if bootstrap < 0 or bootstrap == 1:
         raise ValueError(f"bootstrap must be 0 or a number of resamples above 1; got {bootstrap}.")
-    metric = SacreBLEU(lowercase=lowercase, tokenize=tokenize)
+    metric = SacreBLEU(lowercase=lowercase, tokenize=tokenize, force=tokenize == "none")  # quiet: it is meant
     result = metric.corpus_score(hypotheses, list(zip(*references)), n_bootstrap=bootstrap or 1)
     signature = str(metric.get_signature())
     if not bootstrap:
