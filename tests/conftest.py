@@ -46,6 +46,21 @@ def pytest_report_header():
     return f"backend: {keras.backend.backend()}"
 
 
+def pytest_collection_modifyitems(items):
+    """What touches no backend runs once, on PyTorch, whose suite is the shortest."""
+    if keras.backend.backend() != "torch":
+        for item in items:
+            if item.get_closest_marker("on_one_backend"):
+                item.add_marker(pytest.mark.skip(reason="touches no backend: the suite of PyTorch runs it"))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, so the collector of garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
 def pytest_sessionfinish(session, exitstatus):
     session.config.stash[STATUS] = int(exitstatus)
 

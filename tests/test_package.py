@@ -209,6 +209,7 @@ def test_every_dependency_is_pinned():
 
 
 @pytest.mark.slow
+@pytest.mark.on_one_backend
 def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     for name in ("llmfound", "pyproject.toml", "LICENSE", "README.md", "tests", "examples", "benchmarks"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy

@@ -12,6 +12,8 @@ import pytest
 
 from llmfound import plots, training
 
+pytestmark = pytest.mark.on_one_backend
+
 
 @pytest.fixture(autouse=True)
 def no_warnings():

@@ -21,7 +21,6 @@ from llmfound.reproduce.translation import language, transformer
 from llmfound.training import SmoothedCrossEntropy, mean_interval
 
 plots = pytest.importorskip("matplotlib")
-ON_ONE_BACKEND = pytest.mark.skipif(keras.backend.backend() != "torch", reason="one backend is enough")
 
 
 class Coins(Figure):
@@ -112,7 +111,7 @@ def test_an_interrupted_call_goes_on_with_the_same_numbers(tmp_path):
     assert numbers(tmp_path / "parts" / "coins-tiny") == numbers(tmp_path / "whole" / "coins-tiny")
 
 
-@ON_ONE_BACKEND
+@pytest.mark.on_one_backend
 def test_jobs_give_the_same_numbers(tmp_path):
     said = []
     reproduce.reproduce(Coins(), "tiny", out=tmp_path / "one")
@@ -188,7 +187,7 @@ def test_the_command_line(capsys):
     assert "name a figure, or --list them" in capsys.readouterr().err
 
 
-@ON_ONE_BACKEND
+@pytest.mark.on_one_backend
 def test_the_command_line_takes_another_backend(tmp_path):
     folder = tmp_path / "preln-gradients-tiny"
     folder.mkdir()
@@ -215,7 +214,7 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch):
 # The figures
 
 
-@ON_ONE_BACKEND
+@pytest.mark.on_one_backend
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_claim_holds_at_the_tiniest_scale(name, tmp_path):
     verdicts = reproduce.reproduce(FIGURES[name], "tiny", 1, tmp_path)
@@ -235,7 +234,7 @@ def test_a_figure_tells_what_it_is(figure):
     assert 1e6 < cheap < dear < 1e22
 
 
-@ON_ONE_BACKEND
+@pytest.mark.on_one_backend
 def test_both_figures_of_ulmfit_share_a_language_model(tmp_path, monkeypatch):
     folders = {figure: tmp_path / f"{figure.name}-tiny" for figure in (ulmfit.Ablation(), ulmfit.LowShot())}
     settings = {"language_model": {**ulmfit.LANGUAGE_MODELS["tiny"], "words": 1000, "epochs": 1}}

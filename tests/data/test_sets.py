@@ -9,6 +9,8 @@ import pytest
 
 from llmfound.data import ag_news, imdb, text, trec, wikitext2
 
+pytestmark = pytest.mark.on_one_backend
+
 
 def hashed(monkeypatch, folder, name, content):
     pack = gzip.compress if name.endswith(".gz") else lzma.compress

@@ -9,6 +9,8 @@ import pytest
 from llmfound.data import Question, QuestionAnsweringBatches, WordPiece, read_squad
 from llmfound.data.squad import owners, windows
 
+pytestmark = pytest.mark.on_one_backend
+
 WORDS = [f"w{i}" for i in range(40)]
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "who", "?", ".", "walk", "##ed", "(", ")", "paris", "é"]
 TOKENIZER = WordPiece.from_vocabulary(PIECES)

@@ -6,6 +6,8 @@ from test_sets import hashed
 from llmfound.data import text
 from llmfound.data.tasks import cola, mrpc, read_conll, read_labelled, rte, sst2, stsb, wnut17
 
+pytestmark = pytest.mark.on_one_backend
+
 MRPC = 'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe said " no .\tNo , said he .\n0\t8\t9\tA .\tB .\n'
 STSB_COLUMNS = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
 RTE = "index\tsentence1\tsentence2\tlabel\n0\tIt\x85 rains.\tIt does.\tentailment\n1\tA.\tB.\tnot_entailment\n"

@@ -10,6 +10,8 @@ import pytest
 from llmfound import data
 from llmfound.data import text
 
+pytestmark = pytest.mark.on_one_backend
+
 SHIPPED = Path(__file__).parents[2] / "examples" / "data"
 PACK = {".txt": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 

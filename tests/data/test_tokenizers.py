@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from llmfound.data import Tokenizer
 
+pytestmark = pytest.mark.on_one_backend
+
 SPECIALS = ["[PAD]", "[START]", "[END]", "[UNK]"]
 TEXTS = [
     "Where is the house ?",

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from llmfound.data import Tokenizer, WordPiece
 
+pytestmark = pytest.mark.on_one_backend
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = [*SPECIAL, "want", "##want", "##ed", "wa", "un", "runn", "##ing", ",", "hello", "!", "how", "are", "you",
               "?", "博", "推", "a", "b", "##a", "##b", "##h", "zz", "$", "5", ".", "00", "^", "x", "##x", "é", "e",

@@ -6,6 +6,8 @@ import pytest
 
 from llmfound.data import Tokenizer, WordTokenizer, words
 
+pytestmark = pytest.mark.on_one_backend
+
 
 @pytest.mark.parametrize("text, expected", [
     ("The cat sat.", "xxmaj the cat sat ."),

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from llmfound.data import Tokenizer
 
+pytestmark = pytest.mark.on_one_backend
+
 BYTE_LEVEL = ["bpe", "unigram"]
 KINDS = [*BYTE_LEVEL, "wordpiece", "word"]
 FRAGMENTS = [

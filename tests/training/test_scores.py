@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from llmfound.training import accuracy, entity_scores, f1, matthews_correlation, pearson, spearman, squad_scores
 
+pytestmark = pytest.mark.on_one_backend
+
 classes = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30)
 numbers = st.lists(st.tuples(*[st.floats(-9, 9).map(lambda x: round(x, 1))] * 2), min_size=2, max_size=30)
 
