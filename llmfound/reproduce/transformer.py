@@ -31,8 +31,8 @@ class Variations(Figure):
             rows={"a quarter of d_k": dict(head_dim=2), "half as wide": dict(hidden_dim=16)},
         ),
         "small": dict(
-            seeds=2, vocabulary=2000, pairs=4000, batch_tokens=1024, layers=2, hidden_dim=128, num_heads=4,
-            intermediate_dim=256, dropout=0.1, rate=2e-3, warmup=100, steps=700, translated=200,
+            seeds=2, vocabulary=2000, pairs=2000, batch_tokens=1024, layers=2, hidden_dim=128, num_heads=4,
+            intermediate_dim=256, dropout=0.1, rate=2e-3, warmup=100, steps=450, translated=100,
             rows={
                 "one head": dict(num_heads=1), "a quarter of d_k": dict(head_dim=8), "no dropout": dict(dropout=0.0),
                 "no label smoothing": dict(smoothing=0.0), "learned positions": dict(positions="learned"),
@@ -53,8 +53,8 @@ class Variations(Figure):
     }  # fmt: skip
     shrunk = {
         "tiny": "one layer 32 wide that learns to write made-up tokens backwards; two rows of the table.",
-        "small": "2-2 layers 128 wide, 700 steps on 4,000 pairs of Multi30k English-German instead of WMT14; five rows "
-        "of the table. BLEU is of greedy translations of 200 sentences.",
+        "small": "2-2 layers 128 wide, 450 steps on 2,000 pairs of Multi30k English-German instead of WMT14; five rows "
+        "of the table. BLEU is of greedy translations of 100 sentences.",
         "full": "the paper's models and steps, on Multi30k instead of WMT14; the rate falls linearly to 0.",
     }
 
