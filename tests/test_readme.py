@@ -57,8 +57,7 @@ def test_the_blocks_run_one_after_the_other(names, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     for number, block in enumerate(BLOCKS):
         if "recorder" in block:
-            found["batches"], found["model"] = translation(found)
-            found["x"], found["y"] = found["batches"][0]
+            found |= translation()
         if "capture" in block:
             found["ids"] = np.arange(8)[None] % 5
             found["model"] = convert.from_huggingface("FOLDER", models.BERT)
@@ -66,18 +65,18 @@ def test_the_blocks_run_one_after_the_other(names, monkeypatch, capsys):
             block = block.replace(old, new)
         exec(compile(block, f"README.md, block {number}", "exec"), found)
     shown = capsys.readouterr().out
-    assert "epoch 2: training lstm_1 at " in shown and "and head at " in shown
+    assert "epoch 2: training lstm_2 at " in shown and "and head at " in shown
     for path in ("model.keras", "tokenizer.json", "OUT/model.safetensors", "attention.html", "norms.png", "runs/bert"):
         assert (folder / path).exists(), path
     layer, inputs = found["normalised"]()
     assert layer(*inputs).shape == (3, 7, 4)
 
 
-def translation(found):
+def translation():
     """The batches of the first block, and a small model of them."""
-    pairs = data.read_parallel("train.en", "train.de")
     tokenizer = data.Tokenizer.load("tokenizer.json")
-    batches = data.TranslationBatches(pairs, tokenizer, batch_tokens=512)
+    batches = data.TranslationBatches(data.read_parallel("train.en", "train.de"), tokenizer, batch_tokens=512)
     model = models.Transformer(tokenizer.vocab_size, 1, 16, 2, 32)
     model.compile("sgd", llmfound.training.SmoothedCrossEntropy(0.1))
-    return batches, model
+    x, y = batches[0]
+    return dict(tokenizer=tokenizer, batches=batches, model=model, x=x, y=y)
