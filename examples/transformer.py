@@ -3,9 +3,10 @@
     python examples/transformer.py --train train.en train.de --valid val.en val.de --test test.en test.de
     KERAS_BACKEND=torch python examples/transformer.py --norm post --folder runs/post-ln --train ...
 
-A run that was stopped goes on where it was, if the command is given again. What it scored, the model and its tokenizer
-are left in runs/transformer, or --folder; examples/translate.py uses them, on any backend. The defaults are those of a
-small set, such as the 29,000 pairs of Multi30k: the sizes of the "Transformer-Tiny" of Wu et al. 2021.
+A run that was stopped goes on where it was, if the command is given again. What it scored, a picture of what the heads
+of its encoder look at, the model and its tokenizer are left in runs/transformer, or --folder; examples/translate.py
+uses them, on any backend. The defaults are those of a small set, such as the 29,000 pairs of Multi30k: the sizes of the
+"Transformer-Tiny" of Wu et al. 2021.
 """
 
 import argparse
@@ -16,8 +17,9 @@ import pathlib
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
+import numpy as np
 
-from llmfound import data, decoding, kernels, models, training
+from llmfound import data, decoding, kernels, models, plots, training
 
 
 def train(pairs, valid, tokenizer, options):
@@ -58,6 +60,14 @@ def score(model, tokenizer, pairs, options):
     return {**found, "signature": bleu.signature}
 
 
+def draw(model, tokenizer, sentence, path):
+    """What every head of the encoder looks at in one sentence."""
+    inputs = {"source_ids": [[*tokenizer.encode(sentence), tokenizer.end_id]], "target_ids": [[tokenizer.start_id]]}
+    inputs = {name: np.array(ids, "int32") for name, ids in inputs.items()}
+    weights = keras.ops.convert_to_numpy(model.attention(inputs)["encoder"][0])
+    plots.heads(weights, tokenizer.tokens(inputs["source_ids"][0]), path=path)
+
+
 def main(options):
     pairs, valid, test = (data.read_parallel(*files) for files in (options.train, options.valid, options.test))
     tokenizer = data.Tokenizer.train([text for pair in pairs for text in pair], vocab_size=options.vocabulary)
@@ -66,7 +76,8 @@ def main(options):
     tokenizer.save(options.folder / "tokenizer.json")
     result = score(model, tokenizer, test, options)
     (options.folder / "result.json").write_text(json.dumps({"norm": options.norm, **result}, indent=1))
-    print(f"\nsaved model.keras, tokenizer.json and result.json in {options.folder}")
+    draw(model, tokenizer, options.sentence or test[0][0], options.folder / "heads.png")
+    print(f"\nsaved model.keras, tokenizer.json, result.json and heads.png in {options.folder}")
 
 
 if __name__ == "__main__":
@@ -90,6 +101,7 @@ if __name__ == "__main__":
     parser.add_argument("--every", type=int, default=200, help="steps from one checkpoint to the next (default 200)")
     parser.add_argument("--beam", type=int, default=5)
     parser.add_argument("--tokenize", default="13a", help='of BLEU; "none" for text that is tokenized already')
+    parser.add_argument("--sentence", help="whose heads to draw (default: the first of the test)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/transformer"))
     main(parser.parse_args())

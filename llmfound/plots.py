@@ -355,7 +355,8 @@ def bars(groups, labels, y_label="", title=None, path=None):
             raise ValueError(f"{name} has {len(found)} bars for {len(labels)} labels.")
         mean, low, high = np.array(found, "float64").T
         places = np.arange(len(labels)) + (i - (len(groups) - 1) / 2) * width
-        axes.bar(places, mean, width * 0.92, yerr=[mean - low, high - mean], capsize=3, label=name)
+        ends = np.where(high > low, [mean - low, high - mean], np.nan)  # what has no interval gets no sign of one
+        axes.bar(places, mean, width * 0.92, yerr=ends, capsize=3, label=name)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel(y_label)
     if len(groups) > 1:

@@ -9,6 +9,8 @@ import sys
 import keras
 import pytest
 
+import llmfound
+
 ROOT = pathlib.Path(__file__).parents[1]
 BACKENDS = {"jax": "jax", "tensorflow": "tensorflow", "torch": "torch"}  # backend: the package it needs
 
@@ -100,3 +102,21 @@ def test_rnnsearch_and_its_baseline_draw_the_papers_figures(tmp_path):
     assert (tmp_path / "b" / "result.json").read_bytes() == found["result.json"]
     assert (tmp_path / "b" / "alignment.png").read_bytes() != found["alignment.png"]
     assert "saved result.json, alignment.png" in again
+
+
+@pytest.mark.slow
+def test_a_transformer_of_a_small_set_goes_on_where_it_was_stopped(tmp_path):
+    pytest.importorskip("matplotlib")
+    pairs = llmfound.data.read_pairs(ROOT / "examples" / "data" / "eng-fra.valid.tsv.xz")[:160]
+    for name, side in zip(("en", "fr"), zip(*pairs)):
+        (tmp_path / name).write_text("\n".join(side) + "\n", "utf-8")
+    files = [str(tmp_path / name) for name in ("en", "fr")]
+    options = ["--train", *files, "--valid", *files, "--test", *files, "--folder", str(tmp_path / "out"),
+               "--vocabulary", "300", "--layers", "1", "--warmup", "2", "--beam", "2", "--batch-tokens", "800",
+               "--epochs", "2"]  # fmt: skip
+    shown = run(keras.backend.backend(), "transformer.py", *options)
+    assert "beam 1: BLEU" in shown and "beam 2: BLEU" in shown and shown.count("\ntranslation  ") >= 6
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"checkpoints", "model.keras", "tokenizer.json", "result.json", "heads.png"}
+    again = run(keras.backend.backend(), "transformer.py", *options)
+    assert "2 epochs and 0 batches are done, none is left" in again
