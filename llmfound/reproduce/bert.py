@@ -184,7 +184,7 @@ def _tune(bert, task, s, frozen=False):
     """The score, in percent, of a task, (batches, head, score), after all weights, or the head's alone, are trained."""
     batches, head, score = task
     batches.epoch = 0
-    model = (_OnFeatures if frozen else head)(bert, batches.num_classes)
+    model = (OnFeatures if frozen else head)(bert, batches.num_classes)
     bert.encoder.trainable = not frozen
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
     _compile(model, s["features_rate" if frozen else "tuning_rate"], s["tuning_steps"], loss)
@@ -269,7 +269,7 @@ class _Published:
         train, test = (getattr(data, name)(part, self.folder) for part in ("train", "test"))
         train = data.SentenceBatches(*train, self.tokenizer, seed=seed, **shape)
         test = data.SentenceBatches(*test, self.tokenizer, train.num_classes, shuffle=False, **shape)
-        return train, _OfTheMean, lambda predict: training.accuracy(test.labels, predict(test).argmax(-1))
+        return train, OfTheMean, lambda predict: training.accuracy(test.labels, predict(test).argmax(-1))
 
     def _capitals(self, settings, seed):
         """Of sentences of WikiText-2."""
@@ -322,7 +322,7 @@ def _capitals(words, test_words, tokenizer, settings, seed):
     return _tagging(words, tags, test_words, tokenizer, settings, seed, score)
 
 
-class _OfTheMean(models.BERTTokenClassifier):
+class OfTheMean(models.BERTTokenClassifier):
     """Reads the mean of all tokens: the first one, [CLS], knows nothing of a text that is read left to right."""
 
     def call(self, inputs, training=None):
@@ -331,7 +331,7 @@ class _OfTheMean(models.BERTTokenClassifier):
         return self.classes(self.dropout(mean, training=training))
 
 
-class _OnFeatures(models.BERTTokenClassifier):
+class OnFeatures(models.BERTTokenClassifier):
     """Reads the encoder's vectors as they are, without its dropout."""
 
     def encode(self, inputs, training=None):

@@ -177,7 +177,8 @@ def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None
     sets = data or os.environ.get("LLMFOUND_DATA")
     done = {(label(line["run"]), line["seed"]): line for line in record["runs"]}
     left = [(run, seed) for seed in range(count) for run in runs if (label(run), seed) not in done]
-    say(f"{figure.title}. {len(runs)} runs with {count} seeds on {record['backend']}, {len(done)} of them done.")
+    seeds = f"{count} seed{'s' * (count != 1)}"
+    say(f"{figure.title}. {len(runs)} runs with {seeds} on {record['backend']}, {len(done)} of them done.")
     for line in _measured(figure, settings, sets, folder, left, jobs):
         done[label(line["run"]), line["seed"]] = line
         record["runs"] = sorted(done.values(), key=lambda line: (line["seed"], runs.index(line["run"])))
