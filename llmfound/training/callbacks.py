@@ -13,7 +13,7 @@ from keras import ops
 
 _RECENT = 100  # steps that the speed is measured on
 _BAR_SECONDS = 0.2  # from one update of the bar to the next
-_RATE_SECONDS = 5.0  # at least this long from one look at the learning rate to the next; each waits for the device
+_RATE_SECONDS = 5.0  # from one look at the learning rate to the next, each of which waits for the device
 _RATES = 300  # values that a TimeBudget's rate takes at least, if steps are short enough
 _SECONDS_PER_RATE = 2.0  # and at most this long between two of them, if steps are no longer
 
@@ -73,7 +73,7 @@ class Progress(keras.callbacks.Callback):
         now = time.monotonic()
         if self.budget is not None:
             self.rate = self.budget.rate
-        elif self.rate is None or now - self.rate_at >= max(_RATE_SECONDS, self.interval):
+        elif self.rate is None or now - self.rate_at >= _RATE_SECONDS:
             self.rate, self.rate_at = float(ops.convert_to_numpy(self.model.optimizer.learning_rate)), now
 
     def on_train_batch_end(self, batch, logs=None):
