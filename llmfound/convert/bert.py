@@ -46,11 +46,13 @@ class Conversion:
         copied: dict, path of each weight of the model that was read -> name of its tensor.
         new: list of str, paths of the weights that the checkpoint lacks, as they were initialised.
         left: list of str, names and shapes of the tensors that the model has no place for.
+        labels: dict, number of a class as a str -> its name, as config.json tells; `to_huggingface` writes it again.
     """
 
     copied: dict
     new: list
     left: list
+    labels: dict = dataclasses.field(default_factory=dict)
 
     def __str__(self):
         lines = [f"{len(self.copied)} weights were read"]
@@ -129,7 +131,8 @@ def read(source, form, tensors, config, kind=None, num_classes=None, dtype=None,
     entries = {path: ((name,), np.transpose if form.turned(path) else np.asarray) for path, name in table.items()}
     assign(model, {**tensors, **kept}, {**entries, **{path: path for path in kept}}, ignore=left)
     copied = {path: name for path, name in table.items() if path not in kept}
-    model.conversion = Conversion(copied, new, [f"{name} {tensors[name].shape}" for name in left])
+    labels = {} if new else config.get("id2label", {})
+    model.conversion = Conversion(copied, new, [f"{name} {tensors[name].shape}" for name in left], labels)
     if new or left:
         warnings.warn(f"{source}: {model.conversion}", stacklevel=3)
     return model
@@ -169,7 +172,11 @@ def read_config(path, activations):
         right = type(value) in (int, float) if type(default) is float else type(value) is type(default)
         if not right and (name, value) != ("pad_token_id", None):
             raise ValueError(f"{path}: {name} must be of the kind of {default!r}; got {value!r}.")
-    if config.setdefault("hidden_act", "gelu") not in activations:
+    if type(config.get("classifier_dropout")) not in (int, float, type(None)):
+        raise ValueError(f"{path}: classifier_dropout must be a number or null; got {config['classifier_dropout']!r}.")
+    if type(config.get("id2label", {})) is not dict:
+        raise ValueError(f"{path}: id2label must be an object; got {config['id2label']!r}.")
+    if config.setdefault("hidden_act", "gelu") not in list(activations):  # of a list, which has no hash, too
         raise ValueError(f"hidden_act must be one of {', '.join(activations)}; got {config['hidden_act']!r}.")
     return {**config, "hidden_act": activations[config["hidden_act"]]}
 

@@ -32,6 +32,12 @@ def from_fastai(model, tensors):
         raise ValueError(f"There is no encoder.weight of fastai's AWD_LSTM; the names begin with {list(tensors)[:5]}.")
     table = {"embedding/embeddings": f"{prefix}encoder.weight"}
     ignore = {f"{prefix}encoder_dp.emb.weight", "1.decoder.weight"}  # the same matrix again
+    if (
+        hasattr(model, "decoder")
+        and "1.decoder.weight" in tensors
+        and not np.array_equal(np.asarray(tensors["1.decoder.weight"]), np.asarray(tensors[f"{prefix}encoder.weight"]))
+    ):
+        raise ValueError(f"1.decoder.weight and {prefix}encoder.weight differ; here they are one weight.")
     for i, lstm in enumerate(encoder.lstms):
         part = f"{prefix}rnns.{i}."
         table |= {

@@ -52,9 +52,12 @@ def from_huggingface(folder, kind=None, num_classes=None, dtype=None):
     """
     folder = Path(folder)
     config = _config(folder)
-    tensors = _modern(_tensors(folder))
+    tensors = _modern(_tensors(folder), kind is None or issubclass(kind, models.BERTPretraining))
     known, told = {theirs: getattr(models, ours) for ours, theirs in OF_KIND.items()}, config.get("architectures")
     classifier = next((known[name] for name in told if name in known), None) if isinstance(told, list) else None
+    if kind and classifier and not issubclass(kind, classifier):  # heads of three kinds have the same names
+        of = {name: f"{name} of {classifier.__name__}" for name in tensors if name.startswith("classifier.")}
+        tensors = {of.get(name, name): tensor for name, tensor in tensors.items()}
     return read(folder, FORM, tensors, config, kind, num_classes, dtype, classifier)
 
 
@@ -142,8 +145,11 @@ def _tensors(folder):
     return found
 
 
-def _modern(tensors):
-    """With the names of new files, without the prefix that all but plain encoders have, and each weight once."""
+def _modern(tensors, tied):
+    """With the names of new files, without the prefix that all but plain encoders have, and tied weights once.
+
+    Where they are not the same, it is an error if they should be `tied`.
+    """
     found = {}
     for name, array in tensors.items():
         new = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
@@ -153,8 +159,9 @@ def _modern(tensors):
         found[new] = array
     found.pop(UNUSED, None)
     for name, original in TIED.items():
-        twin = found.pop(name, None)
-        if twin is not None and not np.array_equal(twin, found.setdefault(original, twin)):
+        if name in found and np.array_equal(found[name], found.setdefault(original, found[name])):
+            del found[name]
+        elif name in found and tied:
             raise ValueError(f"{name} and {original} differ; here they are one weight.")
     return found
 
@@ -189,7 +196,8 @@ def _settings(model, kind):
     if hasattr(model, "dropout"):
         settings["classifier_dropout"] = model.dropout.rate
     if hasattr(model, "classes"):
-        settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.classes.units)}
+        told = model.conversion.labels if hasattr(model, "conversion") else {}
+        settings["id2label"] = {str(i): told.get(str(i), f"LABEL_{i}") for i in range(model.classes.units)}
         if kind == "BERTClassifier" and model.classes.units == 1:
             settings["problem_type"] = "regression"
     return settings

@@ -26,6 +26,10 @@ class Passes(keras.utils.PyDataset):
     A subclass has `_order(epoch)`, a list with an entry for each batch, and sets `epoch` once it can.
     """
 
+    # Workers ask ahead, and processes in copies, so that some examples would come twice and others never.
+    workers = property(lambda self: 1, lambda self, value: _refuse(value > 1, workers=value))
+    use_multiprocessing = property(lambda self: False, lambda self, value: _refuse(value, use_multiprocessing=value))
+
     @property
     def epoch(self):
         """int, the number of the current pass, from 0; set it to resume."""
@@ -465,11 +469,16 @@ def _encoded(texts, tokenizer, side, specials):
     before = [tokenizer.start_id] if "start_id" in specials else []
     after = [tokenizer.end_id]
     chunks = (texts[i : i + _CHUNK] for i in range(0, len(texts), _CHUNK))
-    rows = _flattened([before + ids + after for chunk in chunks for ids in tokenizer.encode_batch(chunk)])
+    rows = _joined(_flattened([before + ids + after for ids in tokenizer.encode_batch(chunk)]) for chunk in chunks)
     low, high = rows.flat.min(), rows.flat.max()
     if low < 0 or high >= tokenizer.vocab_size:
         raise ValueError(f"The {side} tokenizer gives ids {low} to {high}, outside 0 to {tokenizer.vocab_size - 1}.")
     return rows
+
+
+def _refuse(wrong, **given):
+    if wrong:
+        raise ValueError(f"Batches are made one after the other, by one worker of this process; got {given}.")
 
 
 def _flattened(sequences):
@@ -477,6 +486,13 @@ def _flattened(sequences):
     lengths = np.fromiter(map(len, sequences), "int64", len(sequences))
     flat = np.fromiter(itertools.chain.from_iterable(sequences), "int32", lengths.sum())
     return _Rows(flat, np.cumsum(lengths) - lengths, lengths)
+
+
+def _joined(parts):
+    """One _Rows of many, which are made one at a time."""
+    flats, _, lengths = zip(*parts)
+    lengths = np.concatenate(lengths)
+    return _Rows(np.concatenate(flats), np.cumsum(lengths) - lengths, lengths)
 
 
 def _padded(sequences, rows, length, pad_id):

@@ -5,7 +5,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from llmfound.data.batching import _check_integers, _flattened, _LikeLengths, _padded, _Rows
+from llmfound.data.batching import _check_integers, _flattened, _joined, _LikeLengths, _padded
 from llmfound.data.streams import _checked_labels
 
 _CHUNK = 1000  # texts encoded at a time
@@ -267,9 +267,7 @@ def _encoded(sides, tokenizer, max_length, each=1):
             firsts.append(len(kept[0]) + 2)
             rows.append([cls_id, *itertools.chain.from_iterable([*ids, sep_id] for ids in kept)])
         parts.append(_flattened(rows))
-    lengths = np.concatenate([part.lengths for part in parts])
-    rows = _Rows(np.concatenate([part.flat for part in parts]), np.cumsum(lengths) - lengths, lengths)
-    return _Inputs(rows, np.array(firsts), tokenizer.pad_id), cut
+    return _Inputs(_joined(parts), np.array(firsts), tokenizer.pad_id), cut
 
 
 def _cut(most, first, second=None):

@@ -239,7 +239,8 @@ class PretrainingBatches(Passes):
                  whole_word=False, masking="dynamic", copies=1, max_predictions=None, mask_rate=0.15,
                  shares=(0.8, 0.1, 0.1), short_rate=0.1, seed=0):  # fmt: skip
         super().__init__()
-        _check_integers(1, batch_size=batch_size, copies=copies, max_predictions=max_predictions or 1)
+        most = 1 if max_predictions is None else max_predictions
+        _check_integers(1, batch_size=batch_size, copies=copies, max_predictions=most)
         _check_integers(5, max_length=max_length)
         _check_integers(0, seed=seed)
         for name, value, known in (("objective", objective, ("masked", "left_to_right")),

@@ -48,9 +48,12 @@ def read_squad(path):
         ValueError: if it is no such file, or an answer does not stand where it says.
     """
     try:
-        articles = json.loads("\n".join(read_lines(path)))["data"]
-    except (ValueError, KeyError, TypeError) as error:
+        return _questions(path, json.loads("\n".join(read_lines(path)))["data"])
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no file of SQuAD: {type(error).__name__}, {error}.") from error
+
+
+def _questions(path, articles):
     found = []
     for article in articles:
         for paragraph in article["paragraphs"]:
@@ -220,7 +223,8 @@ class QuestionAnsweringBatches(_LikeLengths):
             before, window = i, window + 1 if i == before else 0
             name, first = self.questions[i].id, self._firsts[row]
             nulls[name] = min(nulls[name], float(logits[row, :, 0].sum()))
-            starts, ends = (self._likeliest(logits[row, side, first : first + end - start], n_best) for side in (0, 1))
+            length = end - start
+            starts, ends = (self._likeliest(side[first : first + length], max(n_best, 20)) for side in logits[row])
             starts = starts[self._owners[i][starts + start] == window]
             pairs = ends[None] - starts[:, None]
             a, b = np.nonzero((pairs >= 0) & (pairs < max_answer))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmfound.data.batching import Passes, _check_integers, _flattened, _LikeLengths, _padded
+from llmfound.data.batching import Passes, _check_integers, _flattened, _joined, _LikeLengths, _padded
 
 _CHUNK = 1000  # texts encoded at a time
 _SHORT = 0.05  # of the windows have half the length
@@ -221,15 +221,17 @@ class ClassificationBatches(_LikeLengths):
 
     def __init__(self, texts, labels, tokenizer, num_classes=None, batch_size=64, max_length=None, length_multiple=16,
                  shuffle=True, seed=0):  # fmt: skip
-        _check_integers(1, max_length=max_length or 1)
+        _check_integers(1, max_length=1 if max_length is None else max_length)
+        if isinstance(texts, str):
+            raise ValueError(f"texts must be an iterable of str; got one str, {texts[:40]!r}.")
         texts = list(texts)
         if not texts:
             raise ValueError("There are no texts.")
-        rows = [ids for i in range(0, len(texts), _CHUNK) for ids in tokenizer.encode_batch(texts[i : i + _CHUNK])]
-        for i, ids in enumerate(rows):
-            if not len(ids):
-                raise ValueError(f"Text {i} has no words: {texts[i]!r}. Leave empty texts out.")
-        self._rows = _flattened([ids[-max_length:] if max_length else ids for ids in rows])
+        chunks = (tokenizer.encode_batch(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK))
+        self._rows = _joined(_flattened([ids[-max_length:] if max_length else ids for ids in rows]) for rows in chunks)
+        if not self._rows.lengths.all():
+            empty = int(self._rows.lengths.argmin())
+            raise ValueError(f"Text {empty} has no words: {texts[empty]!r}. Leave empty texts out.")
         self.labels, self.num_classes = None, num_classes
         if labels is not None:
             self.labels, self.num_classes = _checked_labels(labels, len(texts), num_classes)

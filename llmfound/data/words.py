@@ -15,7 +15,7 @@ _REPEATED = re.compile(r"(\S)\1{3,}")
 _REPEATED_WORD = re.compile(r"(?<!\w)(\w+)((?:[ \t]+\1(?!\w)){3,})")
 _WORD = re.compile(
     r"\[UNK\]"
-    r"|(?:[^\W\d_](?:\.[^\W\d_])+\.?)"  # U.S.A.
+    r"|(?:[^\W\d_](?:\.[^\W\d_])+(?![^\W\d_])\.?)"  # U.S.A.
     r"|[^\W\d_]+(?=n['’]t\b)|n['’]t\b"  # do|n't
     r"|['’](?:s|m|d|re|ve|ll)\b"  # it|'s
     r"|\w+(?:-\w+)*"  # words, numbers, well-known
@@ -113,7 +113,12 @@ class WordTokenizer(Tokenizer):
         texts = texts if isinstance(texts, str) else list(texts)
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             return super().encode_batch(texts)  # which says what is wrong
-        return super().encode_batch([" ".join(words(text)) for text in texts] if self.marks else texts)
+        cut = [words(text) if self.marks else text.split() for text in texts]
+        return super().encode_batch([" ".join("[UNK]" if w in SPECIAL_PIECES else w for w in row) for row in cut])
+
+    def pieces(self, text):
+        """As `Tokenizer.pieces`; of a tokenizer with marks, what `words` makes of the text."""
+        return words(text) if self.marks else super().pieces(text)
 
     def decode_batch(self, rows, unknown=None):
         """As `Tokenizer.decode_batch`; marks are carried out, and spaces left out where English has none."""
@@ -130,7 +135,7 @@ def _unmarked(found):
             change = str.capitalize if word == "xxmaj" else str.upper
             continue
         if word in ("xxrep", "xxwrep"):
-            if i + 1 < len(found) and found[i].isdigit():
+            if i + 1 < len(found) and found[i].isdecimal():
                 times, repeated, i = min(int(found[i]), 100), found[i + 1], i + 2
                 out += ["".join([repeated] * times)] if word == "xxrep" else [repeated] * times
             continue

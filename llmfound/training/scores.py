@@ -64,7 +64,7 @@ def spearman(labels, predictions):
 
 
 def squad_scores(predictions, examples, null_odds=None):
-    """Exact match and F1 of answers, in percent, equal to SQuAD's own evaluation, 1.1 and 2.0.
+    """Exact match and F1 of answers, in percent, equal to SQuAD's own evaluation: 2.0's, or 1.1's if all have answers.
 
     Both texts lose case, punctuation, articles and extra space; F1 is of the words that they share. The best of several
     right answers counts; of a question without an answer, "" is right. Source: Rajpurkar et al. 2016, section 6.1;
@@ -92,7 +92,8 @@ def squad_scores(predictions, examples, null_odds=None):
     if missing:
         raise ValueError(f"{len(missing)} questions have no prediction, or one that is no str: {missing[:3]}.")
     has_answer = np.array([not example.impossible for example in examples])
-    found = np.array([_exact_and_f1(predictions[example.id], _right(example)) for example in examples])
+    second = null_odds is not None or not has_answer.all()
+    found = np.array([_exact_and_f1(predictions[one.id], one.answers, second) for one in examples])
     scores = dict(zip(("exact", "f1"), 100 * found.mean(axis=0)))
     if not has_answer.all():
         for name, chosen in (("HasAns", has_answer), ("NoAns", ~has_answer)):
@@ -158,18 +159,14 @@ def _normal(text):
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def _right(example):
-    """The answers that count: those with a word left, or "" if there is none."""
-    return [text for text, _ in example.answers if _normal(text)] or [""]
-
-
-def _exact_and_f1(prediction, answers):
-    found, scores = _normal(prediction), []
-    for answer in map(_normal, answers):
+def _exact_and_f1(prediction, answers, second):
+    """Of the best of several (text, start). The `second` version's rules drop answers without a word, and let no words
+    match none."""
+    found, answers, scores = _normal(prediction), [_normal(text) for text, _ in answers], []
+    for answer in [words for words in answers if words or not second] or [[]]:
         shared = sum((collections.Counter(found) & collections.Counter(answer)).values())
-        exact = found == answer
-        overlap = 2 * shared / (len(found) + len(answer)) if found and answer else exact
-        scores.append((float(exact), float(overlap)))
+        f1 = 2 * shared / (len(found) + len(answer)) if found or answer else float(second)
+        scores.append((float(found == answer), f1))
     return tuple(map(max, zip(*scores)))
 
 

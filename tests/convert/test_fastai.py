@@ -114,6 +114,8 @@ def test_a_classifier():
     (lambda t: t.pop("0.rnns.1.weight_hh_l0_raw"), r"0\.rnns\.1\.weight_hh_l0_raw is missing, for .*lstm_2"),
     (lambda t: t.update(extra=np.zeros(3)), r"extra \(3,\) is not used"),
     (lambda t: t.update({"1.decoder.bias": np.zeros(5)}), r"decoder/bias is \(13,\), which 1\.decoder\.bias \(5,\)"),
+    (lambda t: t.update({"1.decoder.weight": t["1.decoder.weight"] + 1}),
+     "1.decoder.weight and 0.encoder.weight differ; here they are one weight"),
     (lambda t: t.pop("0.encoder.weight"), "There is no encoder.weight of fastai's AWD_LSTM; the names begin with"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_change_nothing(change, message):

@@ -134,6 +134,8 @@ def test_labels_are_written(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"] == {"0": "bad", "1": "good"} and config["label2id"] == {"bad": 0, "good": 1}
     assert config["finetuning_task"] == "sst2" and config["architectures"] == ["BertForSequenceClassification"]
+    to_huggingface(from_huggingface(tmp_path), tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
     to_huggingface(small(models.BERTClassifier, 1), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == "regression"
 
@@ -186,6 +188,8 @@ def test_old_names_and_copies(folder):
     rewrite(folder, lambda t: t | {"cls.predictions.decoder.weight": t["cls.predictions.decoder.weight"] + 1})
     with pytest.raises(ValueError, match=r"decoder.weight and embeddings.word_embeddings.weight differ; .* one weight"):
         from_huggingface(folder)
+    with pytest.warns(UserWarning, match=r"left out .*predictions.decoder.weight \(40, 16\)"):
+        assert type(from_huggingface(folder, models.BERT)) is models.BERT
 
 
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float64"])
@@ -251,6 +255,15 @@ def test_another_kind_leaves_heads_out_and_tells(folder):
         from_huggingface(folder, models.BERTClassifier)
 
 
+def test_the_head_of_another_kind_is_not_taken_for_its_own(tmp_path):
+    to_huggingface(small(models.BERTClassifier, 3), tmp_path)
+    with pytest.raises(ValueError, match="no classifier; give num_classes for a new BERTTokenClassifier"):
+        from_huggingface(tmp_path, models.BERTTokenClassifier)
+    with pytest.warns(UserWarning, match=r"classes/kernel; left .*classifier.weight of BERTClassifier \(3, 16\)"):
+        assert from_huggingface(tmp_path, models.BERTTokenClassifier, num_classes=5).classes.units == 5
+    assert not from_huggingface(tmp_path, type("Mine", (models.BERTClassifier,), {})).conversion.new
+
+
 def test_half_a_head_is_none(folder):
     rewrite(folder, lambda t: {name: x for name, x in t.items() if name != "bert.pooler.dense.bias"})
     with pytest.raises(ValueError, match=r"pooler.dense.bias is missing, for bert_?\d*/pooler/dense/bias \(16,\)"):
@@ -299,6 +312,9 @@ def test_tensors_that_do_not_fit(folder, edit, message):
     (dict(num_hidden_layers=1), r"encoder.layer.1.attention.output.LayerNorm.bias \(16,\) is not used"),
     (dict(hidden_size="16"), "hidden_size must be of the kind of 1; got '16'"),
     (dict(hidden_dropout_prob=[0.1]), r"hidden_dropout_prob must be of the kind of 0.1; got \[0.1\]"),
+    (dict(hidden_act=["gelu"]), r"hidden_act must be one of gelu, .*; got \['gelu'\]"),
+    (dict(classifier_dropout="0.1"), "classifier_dropout must be a number or null; got '0.1'"),
+    (dict(id2label=["bad", "good"]), r"id2label must be an object; got \['bad', 'good'\]"),
 ])  # fmt: skip
 def test_configs_that_cannot_be(folder, config, message):
     rewrite(folder, **config)

@@ -1,5 +1,6 @@
 import itertools
 import random
+import tracemalloc
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -220,6 +221,25 @@ def test_many_threads_may_ask_at_once():
         together = list(pool.map(batches.__getitem__, range(len(batches))))
     for (x, y), (other_x, other_y) in zip(alone, together):
         assert all((x[name] == other_x[name]).all() for name in x) and (y == other_y).all()
+
+
+def test_keras_gives_them_no_workers():
+    batches = TranslationBatches(random_pairs(30), Letters(), batch_tokens=60)
+    for name, value in (("workers", 2), ("use_multiprocessing", True)):
+        with pytest.raises(ValueError, match=f"by one worker of this process; got .*{name}"):
+            setattr(batches, name, value)
+    batches.workers, batches.use_multiprocessing = 1, False
+    assert (batches.workers, batches.use_multiprocessing) == (1, False)
+
+
+def test_texts_become_numbers_chunk_by_chunk(monkeypatch):
+    monkeypatch.setattr(batching, "_CHUNK", 1000)
+    pairs = [("abcdefgh" * 4, "a")] * 20_000
+    tracemalloc.start()
+    batches = WindowedBatches(pairs, Letters())
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(batches) and most < 3 * kept  # all of them in lists would take five times as much
 
 
 class Recording(TranslationBatches):

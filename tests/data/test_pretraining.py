@@ -359,6 +359,7 @@ def test_sentences(text, expected):
     (dict(mask_rate=1.5), "mask_rate and short_rate must be shares; got 1.5"),
     (dict(max_length=4), "max_length must be an integer of at least 5"),
     (dict(max_predictions=-1), "max_predictions must be an integer of at least 1"),
+    (dict(max_predictions=0), "max_predictions must be an integer of at least 1"),
 ])  # fmt: skip
 def test_what_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):

@@ -122,6 +122,13 @@ def test_pairs_that_are_no_answers_are_passed_over():
     assert found.answers(x, max_answer=3)["a"] != "w1 w2 w3 w4"
 
 
+def test_fewer_answers_are_the_first_of_many():
+    found = batches([Question("a", "who", "w1 w2 w3 w4")])
+    x = logits(found, {})
+    x[0, 0, 5], x[0, 1, [4, 6]] = 5, [5, 4.9]  # the likeliest last piece lies before the likeliest first one
+    assert found.answers(x, n_best=1) == found.answers(x) == {"a": "w3 w4"}
+
+
 def test_no_answer_by_a_threshold():
     found = batches([Question("a", "who", "w1 w2 w3 w4")])
     x = logits(found, {0: (3, 3, 2.0)})
@@ -175,7 +182,7 @@ def test_reading_both_versions(tmp_path):
     path.write_bytes(gzip.compress(json.dumps(content).encode()))
     with pytest.raises(ValueError, match="the answer 'b c' of 1 is not at character 1"):
         read_squad(path)
-    for bad in ("{", "[]", '{"version": 1}'):
+    for bad in ("{", "[]", '{"version": 1}', '{"data": "x"}', '{"data": [{"id": "1", "question": "who?"}]}'):
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(ValueError, match=r"bad.json is no file of SQuAD: "):
             read_squad(tmp_path / "bad.json")

@@ -156,6 +156,8 @@ def test_without_labels_and_cut():
 
 @pytest.mark.parametrize("texts, labels, options, message", [
     ([], [], {}, "There are no texts"),
+    ("abcd", None, {}, "texts must be an iterable of str; got one str, 'abcd'"),
+    (["a"], None, dict(max_length=0), "max_length must be an integer of at least 1"),
     (["a", " "], [0, 1], {}, "Text 1 has no words: ' '"),
     (["a", "b"], [0], {}, "one for each of the 2 texts"),
     (["a", "b"], [0.5, 1.0], {}, "labels must be integers"),

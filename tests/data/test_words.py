@@ -20,6 +20,7 @@ pytestmark = pytest.mark.on_one_backend
     ("a <unk> b", "a [UNK] b"),
     ("McDonald iPhone U.S.A. today...", "mcdonald iphone xxup u.s.a. today ..."),
     ("Ärger über Öl 東京", "xxmaj ärger über xxmaj öl 東京"),
+    ("by L.Bunuel, of the U.S.Army", "by l . xxmaj bunuel , of the xxup u.s. xxmaj army"),
     ("", ""),
     ("aaaa 10,000 5/6", "xxrep 4 a 10 , 000 5 / 6"),
     ("the the the", "the the the"),
@@ -54,6 +55,18 @@ def test_text_that_is_tokenized_already():
     assert tokenizer.decode(tokenizer.encode("The cat @-@ sat")) == "The cat @-@ sat"
 
 
+def test_special_words_in_a_text_are_not_taken_for_them():
+    tokenizer = WordTokenizer.train(["a b c"] * 3, marks=False)
+    assert tokenizer.encode("a [END] b [PAD] [UNK] [START]") == [4, 3, 5, 3, 3, 3]
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_a_piece_for_each_id(marks):
+    tokenizer = WordTokenizer.train(TEXTS, marks=marks)
+    for text in (*TEXTS, "A bird!!!!"):
+        assert len(tokenizer.pieces(text)) == len(tokenizer.encode(text))
+
+
 def test_saved_and_loaded(tmp_path):
     for marks in (True, False):
         tokenizer = WordTokenizer.train(TEXTS, marks=marks)
@@ -68,6 +81,8 @@ def test_marks_that_lack_their_word_are_left_out():
     rep, maj = (tokenizer.vocabulary.index(mark) for mark in ("xxrep", "xxmaj"))
     the = tokenizer.vocabulary.index("the")
     assert tokenizer.decode([rep, the, maj]) == "the"
+    tokenizer = WordTokenizer.train(["x ² a b !!!! ! "] * 3)
+    assert tokenizer.decode([tokenizer.vocabulary.index(word) for word in ("xxrep", "²", "a")]) == "² a"  # no number
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -83,6 +83,14 @@ def test_answers_by_the_official_rules(prediction, answers, exact, overlap):
     assert found == pytest.approx({"exact": exact, "f1": overlap})
 
 
+def test_answers_without_a_word_by_the_rules_of_both_versions():
+    dot, the = question("a", "."), question("b", "the")
+    assert squad_scores({"a": ".", "b": "the"}, [dot, the]) == {"exact": 100, "f1": 0}  # 1.1
+    found = squad_scores({"a": "", "b": "the", "c": ""}, [dot, the, question("c", impossible=True)])  # 2.0
+    assert found["exact"] == found["f1"] == 100
+    assert squad_scores({"a": "."}, [question("a", ".", "x")], {"a": 0.0})["exact"] == 0  # 2.0 drops the first
+
+
 def test_questions_without_an_answer():
     examples = [question("a", "cat"), question("b", impossible=True), question("c", impossible=True)]
     found = squad_scores({"a": "cat sat", "b": "", "c": "dog"}, examples)
