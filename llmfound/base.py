@@ -73,6 +73,11 @@ def fresh(initializer):
     return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
 
 
+def overrides(layer, base, *names):
+    """Whether a layer's class has other methods of these names than `base`."""
+    return any(getattr(type(layer), name) is not getattr(base, name) for name in names)
+
+
 class Direct:
     """A layer of one tensor that leaves out Keras's bookkeeping where `kernels.direct_call` says it may."""
 
@@ -169,6 +174,18 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
                 raise ValueError(f"{type(x).__name__} must be read in order; leave out shuffle={kwargs['shuffle']!r}.")
         self._build_optimizer()
         return super().fit(self._checked(x), *args, **kwargs)
+
+    @property
+    def input_dtype(self):
+        """Of ids; Keras 3.15.1 would export the model for float inputs."""
+        return "int32"
+
+    def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
+        """As Keras's, for batches and sequences of any length unless `input_signature` tells others."""
+        if input_signature is None:
+            shapes = self.input_signature().items()
+            input_signature = [{k: keras.InputSpec("int32", (None, *shape), name=k) for k, shape in shapes}]
+        return super().export(filepath, format, verbose, input_signature, **kwargs)
 
     def _build_optimizer(self):
         """Before the first step, as Keras does on JAX and torch; TensorFlow would make its variables inside the step.

@@ -146,8 +146,13 @@ def score(model, inputs, target_ids, start_id=1, pad_id=0):
         ValueError: as `greedy`, and if target_ids does not fit the inputs.
     """
     target_ids = _integers("target_ids", target_ids, rank=2)
-    if hasattr(model, "check_inputs"):
-        model.check_inputs({"target_ids": target_ids})
+    if hasattr(model, "input_limits"):
+        limits = model.input_limits()
+        limit = limits.get("target_ids", limits.get("token_ids", np.inf))
+        if target_ids.max() >= limit:
+            raise ValueError(
+                f"target_ids must hold ids from 0 to {limit - 1}; got {target_ids.min()} to {target_ids.max()}."
+            )
     inputs, rules = _prepare(model, inputs, target_ids.shape[1], start_id, None, pad_id, 0, ())
     if len(target_ids) != _batch_size(inputs):
         raise ValueError(f"target_ids has {len(target_ids)} rows, the inputs have {_batch_size(inputs)}.")
@@ -459,13 +464,14 @@ def _prepare(model, inputs, max_length, start_id, end_id, pad_id, min_length, fo
     if max_length is None:
         if "source_ids" not in inputs:
             raise ValueError(f"max_length must be given where there is no source_ids; got inputs {sorted(inputs)}.")
-        max_length = inputs["source_ids"].shape[1] + 50
+        max_length = min(inputs["source_ids"].shape[1] + 50, getattr(model, "max_length", np.inf))
     if max_length < 1 or not 0 <= min_length <= max_length:
         raise ValueError(f"max_length must be at least 1, min_length 0 to that; got {max_length} and {min_length}.")
+    forbidden_ids = tuple(forbidden_ids)
     ids = start_id, pad_id, *(() if end_id is None else (end_id,)), *forbidden_ids
     if min(ids) < 0:
         raise ValueError(f"Token ids must be 0 or more; got start_id {start_id}, end_id {end_id}, pad_id {pad_id}, "
-                         f"forbidden_ids {tuple(forbidden_ids)}.")  # fmt: skip
+                         f"forbidden_ids {forbidden_ids}.")  # fmt: skip
     end_id = NEVER if end_id is None else int(end_id)
     forbidden_ids = tuple(sorted({int(i) for i in forbidden_ids}))
     return inputs, _Rules(int(max_length), int(start_id), end_id, int(min_length), forbidden_ids)

@@ -103,10 +103,10 @@ def concat_pool(x, mask=None):
     if mask is None:
         return ops.concatenate([x[:, -1], ops.max(x, axis=1), ops.mean(x, axis=1)], axis=-1)
     real = ops.cast(mask, x.dtype)[..., None]
-    count = ops.sum(real, axis=1)
+    count = ops.sum(ops.cast(mask, "float32"), axis=1)[:, None]  # float16 counts to 2,048
     places = ops.arange(ops.shape(x)[1])
     last = ops.max(ops.where(mask, places, 0), axis=1)
     last = ops.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     greatest = ops.max(ops.where(real > 0, x, ops.cast(-3e4, x.dtype)), axis=1)  # within float16
-    mean = ops.sum(x * real, axis=1) / ops.maximum(count, 1)
+    mean = ops.cast(ops.sum(ops.cast(x * real, "float32"), axis=1) / ops.maximum(count, 1), x.dtype)
     return ops.concatenate([last, greatest, mean], axis=-1) * ops.cast(count > 0, x.dtype)

@@ -10,7 +10,7 @@ import pytest
 from keras import ops
 
 from llmfound import attention
-from llmfound.layers import AdditiveAttention, MultiHeadSelfAttention, PreLNBlock
+from llmfound.layers import AdditiveAttention, MultiHeadAttention, PreLNBlock
 from llmfound.models import BERT, BERTClassifier, Transformer
 from llmfound.testing import assert_close, fixture
 
@@ -39,8 +39,8 @@ def test_it_is_what_the_model_computes(transformer):
 
 def test_layers_are_chosen_by_name_and_the_others_keep_their_path(transformer, monkeypatch):
     asked = []
-    weights_of = MultiHeadSelfAttention.weights_of
-    monkeypatch.setattr(MultiHeadSelfAttention, "weights_of",
+    weights_of = MultiHeadAttention.weights_of
+    monkeypatch.setattr(MultiHeadAttention, "weights_of",
                         lambda self, *args: asked.append(self.path) or weights_of(self, *args))  # fmt: skip
     found = attention.capture(transformer, IDS, ["encoder_block_1"])
     assert list(found) == ["encoder_block_1/attention"] and found["encoder_block_1/attention"].shape == (2, 2, 4, 4)

@@ -39,6 +39,7 @@ SEED_FACTORS = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # odd, their high bits mi
 def dense(x, kernel, bias=None):
     """torch's own call, without Keras's: in decoding, with one position at a time, that is a good part of the time."""
     kernel = _tensor(kernel)
+    x = x if x.is_floating_point() else x.to(kernel.dtype)
     if bias is None:
         return torch.matmul(x, kernel)
     return torch.addmm(_tensor(bias), x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
@@ -70,7 +71,8 @@ def attention_weights(query, key, mask=None, bias=None):
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        if scores.device.type == "cpu" and 2 * mask.numel() <= scores.numel():
+        # A bias may be -inf, which no product makes finite.
+        if bias is None and scores.device.type == "cpu" and 2 * mask.numel() <= scores.numel():
             real = mask.to(scores.dtype)
             scores.mul_(real).add_((1 - real) * reference.MASKED)
         else:
@@ -293,6 +295,8 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
+        if ctx.kept is None:
+            raise RuntimeError("The gradient of this recurrence was taken before; call the model again.")
         nests, copies, factors, products, result = ctx.kept
         weights = {id(x) for x in keras.tree.flatten(keras.tree.pack_sequence_as(nests, copies)[2])}
         wanted = [x for x in copies if x.requires_grad and id(x) not in weights]

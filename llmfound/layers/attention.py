@@ -3,9 +3,9 @@
 from keras import ops
 
 from llmfound import kernels
-from llmfound.base import Layer, fresh, lean
+from llmfound.base import Layer, fresh, lean, overrides
 from llmfound.layers.dropout import Dropout
-from llmfound.layers.feedforward import Dense
+from llmfound.layers.feedforward import Dense, KernelDense
 from llmfound.ops import attention_mask, masked_softmax
 
 
@@ -27,7 +27,8 @@ class AdditiveAttention(Layer):
     Call arguments:
         query: float (batch, queries, query_dim).
         memory: float (batch, length, memory_dim).
-        mask: bool (batch, length), True at real positions. None attends everywhere.
+        mask: bool (batch, length), True at real positions. None takes the mask that came with the memory, if one did,
+            and attends everywhere else.
         keys: float (batch, length, units), `project(memory)` if it was computed before; a decoder does it once.
 
     Returns:
@@ -43,9 +44,11 @@ class AdditiveAttention(Layer):
         if units <= 0:
             raise ValueError(f"units must be positive; got {units}.")
         policy = dict(dtype=self.dtype_policy)
-        self.query = Dense(units, use_bias=False, kernel_initializer=fresh(kernel_initializer), name="query", **policy)
+        self.query = KernelDense(
+            units, use_bias=False, kernel_initializer=fresh(kernel_initializer), name="query", **policy
+        )
         self.key = Dense(units, use_bias=use_bias, kernel_initializer=fresh(kernel_initializer), name="key", **policy)
-        self.score = Dense(1, use_bias=False, kernel_initializer=score_initializer, name="score", **policy)
+        self.score = KernelDense(1, use_bias=False, kernel_initializer=score_initializer, name="score", **policy)
         self.dropout = Dropout(dropout, name="dropout", **policy)
         self.supports_masking = True
 
@@ -64,8 +67,9 @@ class AdditiveAttention(Layer):
         """v, float (units,), in the dtype of computation."""
         return ops.cast(ops.convert_to_tensor(self.score.kernel), self.compute_dtype)[:, 0]
 
-    def call(self, query, memory, mask=None, keys=None, training=None):
+    def call(self, query, memory, mask=None, keys=None, training=None, memory_mask=None):
         _check_rank(query=query, memory=memory)
+        mask = memory_mask if mask is None else mask  # Keras gives the memory's own by that name
         keys = self.project(memory) if keys is None else keys
         scores = kernels.additive_scores(self.query(query), keys, self.scale)
         weights = masked_softmax(scores, None if mask is None else mask[:, None])
@@ -92,7 +96,8 @@ class MultiHeadAttention(Layer):
         query: float (batch, queries, query_dim).
         memory: float (batch, length, memory_dim).
         mask: bool (batch, length), (batch, queries, length) or (batch, heads, queries, length), True where a query
-            may look; it combines with `causal`. A query that may look nowhere gets the mean of all values.
+            may look; it combines with `causal`. A query that may look nowhere gets the mean of all values. None takes
+            the mask that came with the memory, if one did.
         bias: float, broadcastable to (batch, heads, queries, length), added to the scaled scores.
         return_weights: whether to return the attention weights, too. Costs nothing when False.
 
@@ -141,11 +146,11 @@ class MultiHeadAttention(Layer):
         return tuple(ops.unstack(ops.stack(self.project(memory))))
 
     def attend(self, query, key, value, mask=None, bias=None, training=None):
-        """What the heads read, (batch, heads, queries, head_dim): the method that papers change.
+        """What the heads read, (batch, heads, queries, head_dim): the method that papers change, or `weights_of` alone.
 
         `mask` is bool, broadcastable to (batch, heads, queries, length), causality already in it.
         """
-        if training and self.dropout.rate > 0:
+        if (training and self.dropout.rate > 0) or overrides(self, MultiHeadAttention, "weights_of", "read"):
             return self.read(self.weights_of(query, key, mask, bias), value, training)
         return kernels.dot_product_attention(query, key, value, mask, bias)
 
@@ -162,14 +167,20 @@ class MultiHeadAttention(Layer):
         """The output projection of the concatenated heads, (batch, queries, hidden_dim)."""
         return self.merge(kernels.join_heads(heads))
 
-    def call(self, query, memory, mask=None, bias=None, return_weights=False, training=None):
+    def call(self, query, memory, mask=None, bias=None, return_weights=False, training=None, memory_mask=None):
         _check_rank(query=query, memory=memory)
+        mask = memory_mask if mask is None else mask  # Keras gives the memory's own by that name
         mask = attention_mask(mask, self.causal, ops.shape(query)[1], ops.shape(memory)[1])
         query, (key, value) = self.split(self.query(query)), self.project(memory)
         if not return_weights:
             return self.join(self.attend(query, key, value, mask, bias, training))
-        weights = self.weights_of(query, key, mask, bias)
-        return self.join(self.read(weights, value, training)), weights
+        if not overrides(self, MultiHeadAttention, "attend"):
+            weights = self.weights_of(query, key, mask, bias)
+            return self.join(self.read(weights, value, training)), weights
+        # A variant's weights are what it reads of one-hot values.
+        one_hot = ops.zeros_like(value[..., :1]) + ops.eye(ops.shape(value)[2], dtype=value.dtype)
+        weights = ops.cast(self.attend(query, key, one_hot, mask, bias), "float32")
+        return self.join(self.attend(query, key, value, mask, bias, training)), weights
 
     def step(self, query, memory, mask=None):
         """For decoding: queries (rows, 1, query_dim) look at `memory`, the keys and values from `remember`.
@@ -182,10 +193,8 @@ class MultiHeadAttention(Layer):
         query = lean(self.query, query)
         if rows != batch:
             query = ops.reshape(query, (batch, rows // batch, -1))
-        heads = kernels.join_heads(self.attend(self.split(query), key, value, attention_mask(mask)))
-        if rows != batch:
-            heads = ops.reshape(heads, (rows, 1, -1))
-        return lean(self.merge, heads)
+        found = self.join(self.attend(self.split(query), key, value, attention_mask(mask)))
+        return ops.reshape(found, (rows, 1, -1)) if rows != batch else found
 
 
 class MultiHeadSelfAttention(MultiHeadAttention):
@@ -195,7 +204,8 @@ class MultiHeadSelfAttention(MultiHeadAttention):
 
     Call arguments:
         x: float (batch, length, dim).
-        mask: bool (batch, length), True at real tokens, or a larger one as in MultiHeadAttention.
+        mask: bool (batch, length), True at real tokens, or a larger one as in MultiHeadAttention; None takes the mask
+            that came with x, if one did.
         bias: float, broadcastable to (batch, heads, length, length).
         return_weights: whether to return the attention weights, too.
 
@@ -203,8 +213,8 @@ class MultiHeadSelfAttention(MultiHeadAttention):
         float (batch, length, hidden_dim); with `return_weights` also float32 (batch, heads, length, length).
     """
 
-    def call(self, x, mask=None, bias=None, return_weights=False, training=None):
-        return super().call(x, x, mask, bias, return_weights, training)
+    def call(self, x, mask=None, bias=None, return_weights=False, training=None, x_mask=None):
+        return super().call(x, x, x_mask if mask is None else mask, bias, return_weights, training)
 
     def step(self, x, cache, position):
         """For decoding: one new position, (rows, 1, dim), looks at itself and those before it.
@@ -218,7 +228,7 @@ class MultiHeadSelfAttention(MultiHeadAttention):
             (key, value), mask = [c[:, :, : position + 1] for c in cache], None
         else:  # a compiled loop: fixed shapes
             (key, value), mask = cache, (ops.arange(cache[0].shape[2]) <= position)[None, None, None]
-        return lean(self.merge, kernels.join_heads(self.attend(query, key, value, mask))), cache
+        return self.join(self.attend(query, key, value, mask)), cache
 
 
 def _check_rank(**tensors):

@@ -3,7 +3,7 @@
 from keras import layers, ops
 
 from llmfound import kernels
-from llmfound.base import Configured, Direct, Layer, fresh, lean
+from llmfound.base import Configured, Direct, Layer, fresh, lean, overrides
 
 
 class Dense(Direct, Configured, layers.Dense):
@@ -19,6 +19,13 @@ class Dense(Direct, Configured, layers.Dense):
 
     def quantize(self, mode=None, type_check=True, config=None):
         return super().quantize(mode, type_check=False, config=config)  # Keras refuses its subclasses otherwise
+
+
+class KernelDense(Dense):
+    """A Dense whose kernel a loop multiplies by without it, and which therefore is not quantized."""
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        raise NotImplementedError(f"{self.path} stays as it is, for its kernel is read without it.")
 
 
 class FeedForward(Direct, Layer):
@@ -60,6 +67,8 @@ class FeedForward(Direct, Layer):
 
     def step(self, x):
         """`call`, for decoding."""
+        if overrides(self, FeedForward, "call"):  # a variant
+            return lean(self, x)
         return lean(self.contract, lean(self.expand, x))
 
 

@@ -30,8 +30,8 @@ class SquareOrthogonal(initializers.Initializer):
         if width % n:
             raise ValueError(f"SquareOrthogonal fills (n, k n); got shape {tuple(shape)}.")
         seeds = [None if self.seed is None else self.seed + i for i in range(width // n)]
-        blocks = [initializers.Orthogonal(seed=seed)((n, n), dtype=dtype) for seed in seeds]
-        return ops.concatenate(blocks, axis=1)
+        blocks = [initializers.Orthogonal(seed=seed)((n, n), dtype="float32") for seed in seeds]  # no QR in less
+        return ops.cast(ops.concatenate(blocks, axis=1), dtype or keras.config.floatx())
 
     def get_config(self):
         return {"seed": self.seed}
@@ -57,7 +57,8 @@ class GatedRecurrence(Layer):
     Call arguments:
         x: float (batch, length, dim).
         state: float (batch, units), h_0; None is zero.
-        mask: bool (batch, length), True at real positions, in any pattern. None reads everything.
+        mask: bool (batch, length), True at real positions, in any pattern. None takes the mask that came with x, if one
+            did, and reads everything else.
         reverse: whether to read from the last position to the first.
 
     Returns:
@@ -93,9 +94,9 @@ class GatedRecurrence(Layer):
         self.bias = self.add_weight(name="bias", **biases) if self.use_bias else None
         self.recurrent_bias = self.add_weight(name="recurrent_bias", **biases) if self.use_recurrent_bias else None
 
-    def call(self, x, state=None, mask=None, reverse=False):
+    def call(self, x, state=None, mask=None, reverse=False, x_mask=None):
         kernel, bias = self.tensors(self.kernel, self.bias)
-        return self.run(x, state, mask, reverse, kernel, bias)
+        return self.run(x, state, x_mask if mask is None else mask, reverse, kernel, bias)
 
     def run(self, x, state, mask=None, reverse=False, kernel=None, bias=None):
         """`call` with given input weights; without, x are the gates' inputs already, (batch, length, 3 units)."""
@@ -249,6 +250,9 @@ class AttentionCell(Layer):
         decoder = keras.layers.RNN(cell, return_sequences=True)
         outputs = decoder(words, initial_state=cell.start([first_state], memory, mask))
 
+    Where the words have a mask, too, RNN needs zero_output_for_mask=True on JAX: Keras 3.15.1 would repeat the first
+    state there, which has not the output's width.
+
     Args:
         cell: A Keras cell with one or more states, of which the first is the query, such as GRUCell or LSTMCell.
         units: Width of the scoring network (n').
@@ -256,19 +260,26 @@ class AttentionCell(Layer):
 
     Call arguments:
         x: float (batch, dim), the input of one step.
-        states: the cell's states and what `start` adds to them.
+        states: the cell's states and what `start` adds to them: the memory, its projection and its mask, a row each.
 
     Returns:
         float (batch, output of the cell + memory_dim), and the states.
 
     Raises:
-        ValueError: if `cell` is no cell, or a size is not positive.
+        ValueError: if `cell` is no cell or has dropout, a size is not positive, or the states are not from `start`.
     """
 
     def __init__(self, cell, units, memory_dim, **kwargs):
         super().__init__(**kwargs)
         if not hasattr(cell, "state_size"):
             raise ValueError(f"cell must be a Keras cell, with state_size, such as GRUCell; got {cell!r}.")
+        if any(
+            getattr(one, name, 0) for one in getattr(cell, "cells", [cell]) for name in ("dropout", "recurrent_dropout")
+        ):
+            raise ValueError(
+                "cell must be one without dropout: keras.layers.RNN draws new masks only for cells that it has itself, "
+                "and this one would keep its first for ever. Drop of the decoder's inputs or outputs instead."
+            )
         if memory_dim <= 0:
             raise ValueError(f"memory_dim must be positive; got {memory_dim}.")
         self.cell = cell
@@ -277,7 +288,7 @@ class AttentionCell(Layer):
         self.attention = AdditiveAttention(units, name="attention", dtype=self.dtype_policy)
         sizes = cell.state_size
         self._sizes = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes]
-        self.state_size = [*self._sizes, (None, memory_dim), (None, units), (None,)]
+        self.state_size = [*self._sizes, (None,), (None,), (None,)]
         self.output_size = getattr(cell, "output_size", None) or self._sizes[0]
         self.output_size += memory_dim
 
@@ -295,18 +306,36 @@ class AttentionCell(Layer):
             states: list of the cell's own, float (batch, size) each.
             memory: float (batch, length, memory_dim).
             mask: bool (batch, length), True at real positions.
+
+        Returns:
+            `states`, and the memory (batch, length x memory_dim), its projection (batch, length x units) and the mask
+            (batch, length): Keras masks states of no other rank on JAX.
+
+        Raises:
+            ValueError: if there are not as many states as the cell has, or the memory is a functional model's.
         """
         if len(states) != len(self._sizes):
             raise ValueError(f"The cell has {len(self._sizes)} states, of sizes {self._sizes}; got {len(states)}.")
+        if isinstance(memory, keras.KerasTensor):
+            raise ValueError(
+                "A functional model with an AttentionCell could be saved, but not loaded: its file has the cell twice. "
+                "Call start() in the call() of a keras.Model of your own."
+            )
         if not self.attention.built:
             self.attention.build((None, None, self._sizes[0]), tuple(memory.shape))
         mask = ops.ones_like(memory[..., 0]) if mask is None else ops.cast(mask, memory.dtype)
-        return [*states, memory, self.attention.project(memory), mask]
+        rows, keys = ops.shape(memory)[0], self.attention.project(memory)
+        return [*states, ops.reshape(memory, (rows, -1)), ops.reshape(keys, (rows, -1)), mask]
+
+    def get_initial_state(self, batch_size=None):
+        raise ValueError("A decoder with attention begins with its memory: give it initial_state=cell.start(...).")
 
     def call(self, x, states, training=None):
         *own, memory, keys, mask = states
+        rows = ops.shape(x)[0]
+        memory, keys = (ops.reshape(memory, (rows, -1, self.memory_dim)), ops.reshape(keys, (rows, -1, self.units)))
         context, _ = self.attention(own[0][:, None], memory, mask > 0.5, keys, training=training)
         x = ops.concatenate([x, context[:, 0]], axis=-1)
         output, own = self.cell(x, own if len(own) > 1 else own[0], training=training)
         own = list(own) if isinstance(own, (list, tuple)) else [own]
-        return ops.concatenate([output, context[:, 0]], axis=-1), [*own, memory, keys, mask]
+        return ops.concatenate([output, context[:, 0]], axis=-1), [*own, *states[-3:]]

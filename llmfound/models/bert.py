@@ -3,6 +3,7 @@
 Source: Devlin, Chang, Lee, Toutanova 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language
 Understanding", and the authors' code."""
 
+import numpy as np
 from keras import initializers, layers, ops
 
 from llmfound.base import Layer, Model
@@ -231,6 +232,12 @@ class BERTPretraining(_OnEncoder):
     def input_signature(self):
         return {"token_ids": (None,), "masked_positions": (None,)}
 
+    def check_inputs(self, inputs):
+        super().check_inputs(inputs)
+        ids, places = inputs.get("token_ids"), inputs.get("masked_positions")
+        if isinstance(places, np.ndarray) and ids is not None and places.max() >= ids.shape[1]:
+            raise ValueError(f"masked_positions must be 0 to {ids.shape[1] - 1}; got up to {places.max()}.")
+
     def call(self, inputs, training=None):
         sequence = self.encode(inputs, training)
         found = {"masked_lm": self.masked_lm(sequence, inputs["masked_positions"], self.encoder.embeddings)}
@@ -350,6 +357,6 @@ class BERTMultipleChoice(_OnEncoder):
 
     def call(self, inputs, training=None):
         _, choices, length = ops.shape(inputs["token_ids"])
-        rows = {name: ops.reshape(x, (-1, length)) for name, x in inputs.items()}
+        rows = {name: ops.reshape(x, (-1, length)) for name, x in inputs.items() if x is not None}
         pooled = self.pooler(self.encode(rows, training))
         return ops.reshape(self.score(self.dropout(pooled, training=training)), (-1, choices))

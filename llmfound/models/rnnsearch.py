@@ -9,6 +9,7 @@ from keras import layers, ops
 from llmfound import kernels
 from llmfound.base import Model, lean
 from llmfound.layers import AdditiveAttention, Dense, Dropout, Embedding, GatedRecurrence, Maxout
+from llmfound.layers.feedforward import KernelDense
 from llmfound.ops import masked_softmax, padding_mask
 
 ORDERINGS = ("groundhog", "appendix", "eq4")
@@ -87,9 +88,9 @@ class RNNsearch(Model):
                                          name="output_words", dtype="float32")  # fmt: skip
         self.dropout = Dropout(dropout, name="dropout", **policy)
 
-    def dense(self, name, units, activation=None, use_bias=False):
+    def dense(self, name, units, activation=None, use_bias=False, kind=Dense):
         """A product as the paper starts it. Source: appendix B.1."""
-        return Dense(units, activation, use_bias, normal(0.01), name=name, dtype=self.dtype_policy)
+        return kind(units, activation, use_bias, normal(0.01), name=name, dtype=self.dtype_policy)
 
     def gated(self, name, units, **options):
         """A gated recurrence as the paper starts it. Source: appendix B.1."""
@@ -104,7 +105,7 @@ class RNNsearch(Model):
         self.attention = AdditiveAttention(attention_dim, kernel_initializer=normal(0.001), score_initializer="zeros",
                                            name="attention", dtype=self.dtype_policy)  # fmt: skip
         self.decoder = self.gated("decoder", hidden_dim, use_bias=use_bias)
-        self.decoder_context = self.dense("decoder_context", 3 * hidden_dim)
+        self.decoder_context = self.dense("decoder_context", 3 * hidden_dim, kind=KernelDense)
 
     def make_readout(self, maxout_dim, embedding_dim, use_bias):
         self.readout_state = self.dense("readout_state", 2 * maxout_dim, use_bias=use_bias)
@@ -270,7 +271,7 @@ class RNNencdec(RNNsearch):
     def make_decoder(self, hidden_dim, attention_dim, use_bias):
         self.attention = None
         self.decoder = self.gated("decoder", hidden_dim, use_bias=use_bias)
-        self.decoder_context = self.dense("decoder_context", 3 * hidden_dim)
+        self.decoder_context = self.dense("decoder_context", 3 * hidden_dim, kind=KernelDense)
 
     def encode(self, source_ids, mask=None, training=None):
         """c, float (batch, hidden_dim), and s_0, (batch, hidden_dim)."""

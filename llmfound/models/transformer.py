@@ -5,6 +5,7 @@ from keras import layers, ops
 
 from llmfound.base import Model
 from llmfound.layers import Dropout, PositionalEncoding, PostLNBlock, PreLNBlock
+from llmfound.layers.embedding import check_length
 from llmfound.ops import padding_mask
 
 
@@ -57,11 +58,14 @@ class Transformer(Model):
         super().__init__(**kwargs)
         if norm not in self.block_classes:
             raise ValueError(f"norm must be one of {sorted(self.block_classes)}; got {norm!r}.")
-        if vocab_size <= 0 or num_layers <= 0:
-            raise ValueError(f"vocab_size and num_layers must be positive; got {vocab_size} and {num_layers}.")
+        decoder_layers = num_layers if decoder_layers is None else decoder_layers
+        sizes = dict(vocab_size=vocab_size, num_layers=num_layers, decoder_layers=decoder_layers)
+        if min(sizes.values()) <= 0:
+            raise ValueError(f"Sizes must be positive; got {sizes}.")
         block_class, policy = self.block_classes[norm], dict(dtype=self.dtype_policy)
         sizes = (hidden_dim, num_heads, intermediate_dim, dropout, attention_dropout, head_dim, activation, use_bias)
         self.vocab_size = vocab_size
+        self.max_length = max_length
         self.pad_id = pad_id
         self.scale = hidden_dim**0.5
         self.token_embedding = layers.ReversibleEmbedding(
@@ -75,7 +79,7 @@ class Transformer(Model):
         ]
         self.decoder_blocks = [
             block_class(*sizes, True, True, epsilon=epsilon, name=f"decoder_block_{i}", **policy)
-            for i in range(decoder_layers or num_layers)
+            for i in range(decoder_layers)
         ]
         self.encoder_norm = self.decoder_norm = None
         if block_class.final_norm:
@@ -151,6 +155,7 @@ class Transformer(Model):
 
     def start(self, inputs, max_length):
         """Encodes the source once and prepares for `max_length` calls of `step`."""
+        check_length(max_length, self.max_length)
         mask = padding_mask(inputs["source_ids"], self.pad_id)
         memory = self.encode(inputs["source_ids"], mask)
         return {

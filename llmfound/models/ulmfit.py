@@ -293,6 +293,9 @@ class Ensemble(Model):
     def input_signature(self):
         return self.classifiers[0].input_signature()
 
+    def optional_inputs(self):
+        return self.classifiers[0].optional_inputs()
+
     def input_limits(self):
         return self.classifiers[0].input_limits()
 

@@ -363,6 +363,59 @@ def test_bad_sizes(layer_class, arguments, message):
         layer_class(**arguments)
 
 
+class Uniform(MultiHeadSelfAttention):
+    def attend(self, query, key, value, mask=None, bias=None, training=None):
+        return super().attend(0 * query, key, value, mask, bias, training)
+
+
+class Squared(MultiHeadSelfAttention):
+    def weights_of(self, query, key, mask=None, bias=None):
+        weights = super().weights_of(query, key, mask, bias) ** 2
+        return weights / ops.sum(weights, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("layer_class", [Uniform, Squared])
+def test_the_weights_of_a_variant_are_those_it_uses(layer_class):
+    layer = filled(layer_class(DIM, HEADS), QUERY)
+    output, weights = layer(QUERY, mask=QUERY_PADDING, return_weights=True)
+    assert_close(output, layer(QUERY, mask=QUERY_PADDING), 2e-6)
+    value = layer.split(layer.value(QUERY))
+    assert_close(layer.join(ops.matmul(weights, value)), output, 2e-6)
+    if layer_class is Uniform:
+        expected = QUERY_PADDING / QUERY_PADDING.sum(1, keepdims=True)
+        assert_close(weights, np.broadcast_to(expected[:, None, None], (BATCH, HEADS, QUERIES, QUERIES)), 1e-6)
+
+
+def test_the_mask_that_comes_with_a_tensor():
+    """Keras gives it by the name `mask` only to a call of one tensor."""
+    ids = np.array([[1, 2, 3, 0, 0], [4, 3, 2, 1, 0]], "int32")
+    masked, mask = keras.layers.Embedding(5, MEMORY_DIM, mask_zero=True)(ids), ids != 0
+    additive_layer = filled(AdditiveAttention(3), QUERY, MEMORY)
+    assert_close(additive_layer(QUERY, masked), additive_layer(QUERY, numpy(masked), mask=mask), 1e-6)
+    layer = filled(MultiHeadAttention(DIM, HEADS), QUERY, MEMORY)
+    assert_close(layer(QUERY, masked), layer(QUERY, numpy(masked), mask=mask), 1e-6)
+    layer, bias = filled(MultiHeadSelfAttention(DIM, HEADS), MEMORY), np.zeros((1, 1, LENGTH, LENGTH), "float32")
+    assert_close(layer(masked, bias=bias), layer(numpy(masked), mask=mask, bias=bias), 1e-6)
+    assert np.abs(numpy(layer(masked, bias=bias)) - numpy(layer(numpy(masked)))).max() > 1e-3
+
+
+def test_a_bias_may_forbid_and_so_may_a_mask():
+    layer = filled(MultiHeadSelfAttention(DIM, HEADS), QUERY)
+    mask = np.arange(QUERIES) < np.array([[QUERIES - 1], [QUERIES]])
+    causal = np.tri(QUERIES, dtype=bool)
+    found = layer(QUERY, mask=mask, bias=np.where(causal, 0, -np.inf).astype("float32"), return_weights=True)
+    assert_close(found, layer(QUERY, mask=mask[:, None] & causal, return_weights=True), 1e-6)
+
+
+def test_kernels_that_are_read_alone_are_not_quantized():
+    layer = filled(AdditiveAttention(3), QUERY, MEMORY)
+    before = layer(QUERY, MEMORY)
+    for dense in (layer.query, layer.score):
+        with pytest.raises(NotImplementedError, match="stays as it is, for its kernel is read without it"):
+            dense.quantize("int8")
+    assert_close(layer(QUERY, MEMORY), before, 0)
+
+
 def test_heads_need_not_divide_the_width_if_theirs_is_given():
     assert MultiHeadAttention(10, 3, head_dim=4).head_dim == 4
 

@@ -150,6 +150,26 @@ def test_steps_equal_the_causal_call(block_class):
     assert_close(ops.concatenate(outputs, axis=1), block(X, memory, memory_mask=mask), 5e-6)
 
 
+class Gated(FeedForward):
+    def call(self, x):
+        return 2 * super().call(x) + 1
+
+
+class Doubled(MultiHeadSelfAttention):
+    def join(self, heads):
+        return 2 * super().join(heads)
+
+
+@pytest.mark.parametrize("part", [dict(feedforward_class=Gated), dict(attention_class=Doubled)])
+def test_steps_of_a_variant_equal_its_causal_call(part):
+    block = filled(type("Variant", (PreLNBlock,), part)(**SIZES, causal=True), X)
+    cache, outputs = block.start(BATCH, LENGTH), []
+    for position in range(LENGTH):
+        output, cache = block.step(ops.convert_to_tensor(X[:, position : position + 1]), cache, position)
+        outputs.append(output)
+    assert_close(ops.concatenate(outputs, axis=1), block(X), 5e-6)
+
+
 def test_the_cache_is_in_the_dtype_of_the_computation():
     block = PreLNBlock(**SIZES, causal=True, dtype="mixed_bfloat16")
     assert {keras.backend.standardize_dtype(c.dtype) for c in block.start(BATCH, LENGTH)} == {"bfloat16"}

@@ -246,6 +246,21 @@ def test_a_seeded_initializer_repeats_itself():
     assert np.abs(draws[0][:, :4] - draws[0][:, 4:]).max() > 0.1
 
 
+def test_the_mask_that_comes_with_the_inputs():
+    ids = np.array([[1, 2, 3, 0, 0], [4, 3, 2, 1, 0]], "int32")
+    masked = keras.layers.Embedding(5, 3, mask_zero=True)(ids)
+    layer, state = layers.GatedRecurrence(UNITS), STATE[:2]
+    assert_close(layer(masked, state=state), layer(numpy(masked), state=state, mask=ids != 0), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_half_the_precision(dtype):
+    layer = layers.GatedRecurrence(UNITS, dtype=dtype)
+    layer(X)
+    recurrent = numpy(ops.cast(layer.recurrent_kernel, "float32"))[:, :UNITS]
+    assert np.abs(recurrent.T @ recurrent - np.eye(UNITS)).max() < 0.02
+
+
 def test_check_gated_recurrence():
     check_layer(lambda: layers.GatedRecurrence(UNITS), {"x": X, "mask": PADDING}, mask="mask",
                 expected_shape=[(BATCH, LENGTH, UNITS), (BATCH, UNITS)])  # fmt: skip
@@ -318,7 +333,28 @@ def test_a_users_decoder_trains_and_is_saved(tmp_path):
     assert_close(loaded.predict(inputs, verbose=0), model.predict(inputs, verbose=0), 1e-6)
 
 
+def test_masked_words_leave_the_states_as_they_are():
+    decoder = keras.layers.RNN(attention_cell(), return_sequences=True, zero_output_for_mask=True)
+    start = decoder.cell.start([STATE], MEMORY)
+    mask = np.ones((BATCH, LENGTH), bool)
+    mask[:, 1] = False
+    outputs = numpy(decoder(X, initial_state=start, mask=mask))
+    without = np.delete(X, 1, axis=1)
+    assert_close(np.delete(outputs, 1, axis=1), numpy(decoder(without, initial_state=start)), 1e-6)
+    assert not outputs[:, 1].any()
+
+
 def test_bad_cells():
+    for cell in (
+        keras.layers.GRUCell(3, dropout=0.1),
+        keras.layers.StackedRNNCells([keras.layers.LSTMCell(3, recurrent_dropout=0.1)]),
+    ):
+        with pytest.raises(ValueError, match="cell must be one without dropout"):
+            layers.AttentionCell(cell, 4, 8)
+    with pytest.raises(ValueError, match="A decoder with attention begins with its memory"):
+        keras.layers.RNN(attention_cell())(X)
+    with pytest.raises(ValueError, match="could be saved, but not loaded: its file has the cell twice"):
+        attention_cell().start([keras.Input((UNITS,))], keras.Input(MEMORY.shape[1:]))
     with pytest.raises(ValueError, match="cell must be a Keras cell"):
         layers.AttentionCell(keras.layers.Dense(3), 4, 5)
     with pytest.raises(ValueError, match="memory_dim must be positive; got 0"):

@@ -176,6 +176,14 @@ def test_check_5_a_fresh_model_knows_nothing():
     assert float(pairs) == pytest.approx(np.log(2), abs=0.02)
 
 
+def test_masked_positions_beyond_the_text():
+    model = BERTPretraining(BERT(30, **BERT.TINY))
+    with pytest.raises(ValueError, match="masked_positions must be 0 to 3; got up to 99"):
+        model.predict_on_batch(
+            {"token_ids": np.ones((1, 4), "int32"), "masked_positions": np.array([[0, 99]], "int32")}
+        )
+
+
 def test_weights_begin_as_the_authors():
     model = BERT(500, num_layers=1, hidden_dim=128, num_heads=2, intermediate_dim=512)
     for weight in model.weights:

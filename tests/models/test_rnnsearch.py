@@ -1,5 +1,7 @@
 """RNNsearch and its baseline against the numbers of the paper, of its authors' code, and of a forward pass by hand."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -205,6 +207,19 @@ def test_no_word_sees_its_future_and_none_reads_the_start_token(model_class, ord
     after = model.predict_on_batch(inputs)
     np.testing.assert_allclose(after[:, :3], before[:, :3], atol=1e-6)
     assert np.abs(after[:, 3] - before[:, 3]).max() > 1e-4
+
+
+@every_model
+def test_a_quantized_model_computes_nearly_the_same(model_class):
+    model, inputs = filled(tiny(model_class)), batch()
+    before = np.asarray(model.predict_on_batch(inputs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which layers stay as they are
+        model.quantize("int8")
+    found = np.asarray(model.predict_on_batch(inputs))
+    assert 0 < np.abs(found - before).max() < 0.05 * np.abs(before).max()
+    scores, _ = decoding.score(model, {"source_ids": SOURCE}, TARGET, start_id=1)
+    assert_close(scores, log_probs(model, inputs, TARGET), 1e-4)
 
 
 # Decoding

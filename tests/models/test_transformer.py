@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from llmfound import decoding
 from llmfound.models import Transformer
 from llmfound.testing import assert_close, check_model, fixture
 
@@ -273,7 +274,8 @@ def test_a_truncated_model_file_is_refused(tmp_path, share):
         (dict(norm="sandwich"), "'post', 'pre'.*'sandwich'"),
         (dict(dropout=1.5), "at least 0 and below 1; got 1.5"),
         (dict(layout="rotary"), "interleaved.*'rotary'"),
-        (dict(vocab_size=0), "vocab_size .*positive; got 0"),
+        (dict(vocab_size=0), "positive; got {'vocab_size': 0"),
+        (dict(decoder_layers=0), "positive; got .*'decoder_layers': 0"),
         (dict(hidden_dim=9, num_heads=3), "even; got 9"),
     ],
 )
@@ -301,6 +303,26 @@ def test_bad_inputs(inputs, message):
 def test_a_source_longer_than_the_position_table():
     with pytest.raises(ValueError, match=r"A sequence of 9 is longer than the position table \(8\)"):
         tiny(max_length=8, num_layers=1)(batch(source=[[1] * 9]))
+
+
+def test_decoding_ends_with_the_position_table():
+    model, inputs = tiny(max_length=8, num_layers=1), {"source_ids": [[3, 4, 5, 2]]}
+    assert decoding.greedy(model, inputs, end_id=None).shape == (1, 8)
+    with pytest.raises(ValueError, match=r"A sequence of 9 is longer than the position table \(8\)"):
+        decoding.greedy(model, inputs, max_length=9)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras exports by TensorFlow")
+def test_an_exported_model_takes_any_batch_and_length(tmp_path):
+    import tensorflow as tf
+
+    model = with_fixture_weights(tiny())
+    model.export(tmp_path / "model", verbose=False)
+    inputs = {
+        name: np.array([[3, 4, 5, 2, 1]] * 3, "int32")[:, :n] for name, n in (("source_ids", 5), ("target_ids", 4))
+    }
+    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    assert_close(loaded.serve(inputs), model(inputs), 2e-6)
 
 
 def test_subclass_with_another_block():

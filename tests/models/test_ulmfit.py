@@ -300,6 +300,7 @@ def test_check_10_an_ensemble_of_equal_models_is_the_model():
     logits = classifier.predict_on_batch(inputs)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     assert_close(np.exp(twice.predict_on_batch(inputs)), probabilities, 1e-6)
+    assert twice.optional_inputs() == classifier.optional_inputs()
     other = tiny_classifier()
     both = np.exp(Ensemble([classifier, other]).predict_on_batch(inputs))
     logits = other.predict_on_batch(inputs)
