@@ -35,7 +35,7 @@ def alignment(weights, source_tokens, target_tokens, title=None, path=None):
     rows, columns = len(target_tokens), len(source_tokens)
     weights = _covered(weights, rows, columns)
     cell = 0.42 if max(columns, rows) <= 30 else 0.28  # inches
-    figure, [[axes]] = _figure(cell * columns + 2.2, cell * rows + 1.6)
+    figure, [[axes]] = _figure(cell * columns + 2.7, max(cell * rows + 1.9, 2.9))
     image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=weights.max() or 1, aspect="equal")
     labels, text = _labels([*source_tokens, *target_tokens])
     axes.set_xticks(range(columns), labels[:columns], rotation=60, ha="left", va="bottom", **text)
@@ -46,14 +46,17 @@ def alignment(weights, source_tokens, target_tokens, title=None, path=None):
     axes.grid(which="minor", color="white", linewidth=1)
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=9)
+    axes.xaxis.set_label_position("top")
+    axes.set_xlabel("source, looked at")
+    axes.set_ylabel("target, looking")
+    _weight_bar(figure, image, axes, shrink=0.6)
     return _finish(figure, title, path)
 
 
 def heads(weights, query_tokens, key_tokens=None, titles=None, title=None, path=None):
     """Heat maps of the attention of all heads, a row for each layer, from the first at the top; darker is more.
+
+    In each map the token of a row looks at those of the columns; all have one scale, from 0 to 1.
 
     Source: Vaswani et al. 2017, figures 3 to 5, which show single heads.
 
@@ -61,7 +64,7 @@ def heads(weights, query_tokens, key_tokens=None, titles=None, title=None, path=
         weights: float (layers, heads, queries, keys), not negative; what is beyond the tokens is cut.
         query_tokens: list of str.
         key_tokens: list of str; None takes the query's tokens.
-        titles: str (layers, heads), beneath "layer.head" over each map.
+        titles: str (layers, heads), over each map beneath the numbers of its layer and head, which count from 1.
         title, path: as in `alignment`.
 
     Returns:
@@ -79,17 +82,24 @@ def heads(weights, query_tokens, key_tokens=None, titles=None, title=None, path=
     weights = _covered(weights, rows, columns)
     layers, count = weights.shape[:2]
     labels, text = _labels([*query_tokens, *key_tokens])
-    cell = 0.14  # inches
-    figure, panels = _figure(count * (cell * columns + 0.3) + 1.2, layers * (cell * rows + 0.5) + 1.2, layers, count,
+    over = [[f"layer {i + 1}, head {j + 1}" for j in range(count)] for i in range(layers)]
+    if titles is not None:
+        over = [[f"{one}\n{text}" for one, text in zip(*row)] for row in zip(over, titles)]
+    longest = max(len(line) for row in over for text in row for line in text.split("\n"))
+    width, height = max(0.14 * columns, 0.06 * longest), 0.14 * rows + (0.3 if titles is None else 0.45)  # inches
+    figure, panels = _figure(count * (width + 0.3) + 2.1, max(layers * (height + 0.2) + 1.5, 2.6), layers, count,
                              sharex=True, sharey=True)  # fmt: skip
     for i, j in np.ndindex(layers, count):
         axes = panels[i, j]
-        axes.imshow(weights[i, j], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        axes.set_title(f"{i + 1}.{j + 1}" + (f"   {titles[i][j]}" if titles is not None else ""), fontsize=8)
+        image = axes.imshow(weights[i, j], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_title(over[i][j], fontsize=8)
         axes.set_xticks(range(columns), labels[rows:], rotation=90, fontsize=7, **text)
         axes.set_yticks(range(rows), labels[:rows], fontsize=7, **text)
         axes.tick_params(length=0, pad=2)
         axes.spines[:].set_color("0.8")
+    figure.supxlabel("token that is looked at", fontsize=9)
+    figure.supylabel("token that looks", fontsize=9)
+    _weight_bar(figure, image, panels, shrink=1 / layers, aspect=15)
     return _finish(figure, title, path)
 
 
@@ -242,19 +252,21 @@ class Panel(NamedTuple):
     log: str = ""
 
 
-def lines(panels, title=None, path=None):
+def lines(panels, title=None, path=None, within=None):
     """Panels side by side, of curves with their intervals; a name has one colour in all of them.
 
     Args:
         panels: list of Panel.
         title: str, above the picture.
         path: file to save it to; its ending says the format.
+        within: (low, high), what the values cannot leave, (0, 100) for percentages; None is no bound, nor is None in
+            place of one of them. Intervals end there.
 
     Returns:
         matplotlib.figure.Figure.
 
     Raises:
-        ValueError: if there is no panel, or a curve's parts are not of one length.
+        ValueError: if there is no panel, a curve's parts are not of one length, or a mean is not within the range.
         ImportError: if matplotlib is missing.
     """
     if not panels:
@@ -268,6 +280,7 @@ def lines(panels, title=None, path=None):
             x, mean, low, high = (np.asarray(part, "float64") for part in parts)
             if not x.shape == mean.shape == low.shape == high.shape:
                 raise ValueError(f"{name}: x, mean, low and high must be of one length; got {[len(p) for p in parts]}.")
+            low, high = _bounded(name, mean, low, high, within)
             colour = f"C{names.index(name)}"
             axes.plot(x, mean, color=colour, marker="o", markersize=3.5, label=name)
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -283,8 +296,9 @@ def lines(panels, title=None, path=None):
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel(panel.x_label)
         axes.set_ylabel(panel.y_label)
-        if "y" not in panel.log:
-            axes.set_ylim(bottom=0)
+        negative = any((np.asarray(parts[1]) < 0).any() for parts in panel.series.values())
+        if "y" not in panel.log and not negative:
+            axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # a line at 0 is seen in its whole width
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     row[0].legend(frameon=False, fontsize=9)
@@ -307,7 +321,7 @@ def norms(recorder, title=None, path=None):
     """
     if not len(recorder.steps):
         raise ValueError("Nothing is recorded yet; give the recorder to fit first.")
-    width, height = min(1.6 + 0.35 * len(recorder.steps), 7), 1.4 + 0.25 * len(recorder.names)
+    width, height = np.clip(1.6 + 0.2 * len(recorder.steps), 2.6, 4.5), max(1.4 + 0.25 * len(recorder.names), 3.2)
     figure, [row] = _figure(2 * width + 2, height, columns=2, sharey=True)
     from matplotlib.colors import LogNorm
 
@@ -317,14 +331,16 @@ def norms(recorder, title=None, path=None):
         real = values[np.isfinite(values) & (values > 0)]
         low, high = (real.min(), real.max()) if real.size else (1, 1)
         shown = np.ma.masked_where(~(np.isfinite(values) & (values > 0)), values)
-        image = axes.imshow(
-            shown, aspect="auto", origin="lower", cmap="Blues", norm=LogNorm(low, max(high, low * 1.01))
-        )
+        high = max(high, low * 1.01)
+        image = axes.imshow(shown, aspect="auto", origin="lower", cmap="Blues", norm=LogNorm(low, high))
         bar = figure.colorbar(image, ax=axes, pad=0.02)
         bar.outline.set_visible(False)
+        ticks = np.geomspace(low, high, 5)
+        bar.set_ticks(ticks, labels=[f"{x:.3g}" for x in ticks], fontsize=8)
+        bar.minorticks_off()
         axes.set_title(name, fontsize=10)
-        places = np.unique(np.linspace(0, len(recorder.steps) - 1, 6).round().astype(int))
-        axes.set_xticks(places, [f"{recorder.steps[i]:,}" for i in places])
+        places = range(0, len(recorder.steps), -(-len(recorder.steps) // 6))
+        axes.set_xticks(places, [f"{recorder.steps[i]:,}" for i in places], fontsize=8)
         axes.set_xlabel("step")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
@@ -332,31 +348,40 @@ def norms(recorder, title=None, path=None):
     return _finish(figure, title, path)
 
 
-def bars(groups, labels, y_label="", title=None, path=None):
-    """Groups of bars with their intervals, one colour for each name; with one name there is no legend.
+def bars(groups, labels, y_label="", title=None, path=None, within=None):
+    """Groups of bars with their values and intervals, one colour for each name; with one name there is no legend.
 
     Args:
         groups: dict, name -> list of (mean, low, high), one for each label.
         labels: list of str, along the axis.
         y_label: str.
-        title, path: as in `lines`.
+        title, path, within: as in `lines`.
 
     Returns:
         matplotlib.figure.Figure.
 
     Raises:
-        ValueError: if a name has not as many bars as there are labels.
+        ValueError: if there is no bar, a name has not as many as there are labels, or a mean is not within the range.
         ImportError: if matplotlib is missing.
     """
+    if not groups or not len(labels):
+        raise ValueError(f"There must be at least one bar; got {len(groups)} groups and {len(labels)} labels.")
     figure, [[axes]] = _figure(max(4.5, 1.2 * len(labels) + 0.5 * len(labels) * len(groups)), 3.8)
-    width = 0.8 / len(groups)
+    width, decimals = 0.8 / len(groups), _decimals([one[0] for found in groups.values() for one in found])
     for i, (name, found) in enumerate(groups.items()):
         if len(found) != len(labels):
             raise ValueError(f"{name} has {len(found)} bars for {len(labels)} labels.")
         mean, low, high = np.array(found, "float64").T
+        low, high = _bounded(name, mean, low, high, within)
         places = np.arange(len(labels)) + (i - (len(groups) - 1) / 2) * width
-        ends = np.where(high > low, [mean - low, high - mean], np.nan)  # what has no interval gets no sign of one
+        ends = np.where(high > low, np.maximum([mean - low, high - mean], 0), np.nan)  # no interval, no sign of one
         axes.bar(places, mean, width * 0.92, yerr=ends, capsize=3, label=name)
+        for x, y, bottom, top in zip(places, mean, low, high):
+            text = f"{y:,.{decimals}f}".replace("-", "−") if np.isfinite(y) else ""
+            side = dict(xytext=(0, -3), va="top") if y < 0 else dict(xytext=(0, 3), va="bottom")
+            end = np.fmin(y, bottom) if y < 0 else np.fmax(y, top)
+            axes.annotate(text, (x, end), textcoords="offset points", fontsize=8, ha="center", **side)
+    axes.margins(y=0.1)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel(y_label)
     if len(groups) > 1:
@@ -408,6 +433,29 @@ def _covered(weights, rows, columns):
     if not np.isfinite(weights).all() or weights.min() < 0:
         raise ValueError(f"weights must be finite and not negative; got {weights.min()} to {weights.max()}.")
     return weights
+
+
+def _weight_bar(figure, image, axes, **options):
+    bar = figure.colorbar(image, ax=axes, pad=0.02, **options)
+    bar.outline.set_visible(False)
+    bar.set_label("weight", fontsize=9)
+    bar.ax.tick_params(labelsize=9)
+
+
+def _bounded(name, mean, low, high, within):
+    """The ends of the intervals, none of them outside of what the values can be."""
+    if within is None:
+        return low, high
+    bottom, top = (default if end is None else end for end, default in zip(within, (-np.inf, np.inf)))
+    if not np.allclose(mean, np.clip(mean, bottom, top), equal_nan=True):
+        raise ValueError(f"{name} has means from {mean.min():g} to {mean.max():g}, not within {within}.")
+    return np.clip(low, bottom, top), np.clip(high, bottom, top)
+
+
+def _decimals(numbers):
+    """How many decimals to write them all with."""
+    real = np.abs([number for number in numbers if np.isfinite(number)])
+    return 0 if (real == np.round(real)).all() else 1 if real.max() >= 10 else 2 if real.max() >= 1 else 3
 
 
 def _labels(tokens):

@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import shutil
+import subprocess
 
 import keras
 import numpy as np
@@ -46,6 +48,7 @@ def test_layers_are_chosen_by_name_and_the_others_keep_their_path(transformer, m
     assert list(found) == ["encoder_block_1/attention"] and found["encoder_block_1/attention"].shape == (2, 2, 4, 4)
     assert asked == ["translator/encoder_block_1/attention"]
     assert not any("call" in vars(layer) for layer in transformer._flatten_layers())
+    assert list(attention.capture(transformer, IDS, "encoder_block_1")) == list(found)  # one name, not its letters
 
 
 def test_inside_anything():
@@ -72,11 +75,11 @@ def test_inside_anything():
 
 def test_what_cannot_be_captured(transformer):
     with pytest.raises(
-        ValueError, match=r"no attention layer with \['middle'\] in its name; it has: encoder_block_0/att"
+        ValueError, match=r"no attention layer with any of \['middle'\] in its name; it has: encoder_block_0/att"
     ):
         attention.capture(transformer, IDS, ["middle"])
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name="plain")
-    with pytest.raises(ValueError, match="plain has no attention layer with None in its name; it has: none"):
+    with pytest.raises(ValueError, match="plain has no attention layer, neither MultiHeadAttention nor Add"):
         attention.capture(model, np.zeros((1, 3), "float32"))
 
 
@@ -84,6 +87,19 @@ def test_entropy_and_distance():
     even, next_one = np.full((4, 4), 0.25), np.roll(np.eye(4), 1, axis=1)
     np.testing.assert_allclose(attention.entropy(np.stack([even, next_one])), [2, 0], atol=1e-12)
     np.testing.assert_allclose(attention.distance(np.stack([even, next_one])), [1.25, 1.5])  # the last looks 3 back
+
+
+def test_entropy_and_distance_of_real_tokens_alone():
+    weights = np.zeros((2, 3, 4, 4))  # (batch, heads, queries, keys)
+    weights[:, :, :, 0], weights[:, :, 3] = 1, 0.25  # the last row, of padding, spreads
+    mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], "bool")
+    np.testing.assert_allclose(attention.entropy(weights, mask), np.zeros((2, 3)), atol=1e-12)
+    np.testing.assert_allclose(attention.distance(weights, mask), [[1] * 3, [0.5] * 3])
+    np.testing.assert_allclose(attention.entropy(weights), np.full((2, 3), 0.5))
+    np.testing.assert_allclose(attention.distance(weights[0], mask[0]), [1] * 3)
+    assert np.isnan(attention.entropy(weights, np.zeros((2, 4), "bool"))).all()
+    with pytest.raises(ValueError, match=r"one entry for each query, shape \(2, 4\); got shape \(2, 3\)"):
+        attention.entropy(weights, mask[:, :3])
 
 
 def test_the_page_holds_the_numbers_and_needs_nothing_else(transformer, tmp_path):
@@ -107,7 +123,71 @@ def test_the_page_holds_the_numbers_and_needs_nothing_else(transformer, tmp_path
     assert_close(weights, found["decoder_block_1/cross_attention"][0, :, :, :3], 0.003)
 
 
+def data_of(page):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    page = page.read_text(encoding="utf-8")
+    return json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.S)[1], parse_constant=refuse)
+
+
+def test_both_texts_of_an_encoder_decoder(transformer, tmp_path):
+    found = attention.capture(transformer, IDS)
+    source, target, path = ["a", "b", "c"], ["<s>", "x"], tmp_path / "page.html"
+    layers = data_of(attention.report(found, {"encoder": source, "decoder": target}, path=path))["layers"]
+    for layer in layers:
+        expected = {"e": (source, source), "d": (target, target)}[layer["name"][0]]
+        expected = (target, source) if "cross" in layer["name"] else expected
+        assert (layer["queries"], layer["keys"]) == expected and layer["crossing"] == ("cross" in layer["name"])
+    for tokens in ((source,), (source, target), ({"encoder": source, "decoder": target}, source)):
+        with pytest.raises(ValueError, match=r'encoder_block_0/.* to decoder.* different texts.*\{"encoder": source_t'):
+            attention.report(found, *tokens, path=path)
+    self_attention = {name: weights for name, weights in found.items() if "cross" not in name}
+    with pytest.raises(ValueError, match="One list of tokens cannot be for all layers"):
+        attention.report(self_attention, target, path=path)
+    cross = {name: weights for name, weights in found.items() if "cross" in name}
+    assert {tuple(layer["keys"]) for layer in data_of(attention.report(cross, target, source, path))["layers"]} == {
+        tuple(source)
+    }
+    for tokens in (target, {"decoder": target}):
+        with pytest.raises(ValueError, match="cross_attention looks from one text at another: give key_tokens, too"):
+            attention.report(cross, tokens, path=path)
+
+
+def test_titles_and_scores_are_what_they_are(transformer, tmp_path):
+    found = attention.capture(transformer, IDS, "encoder")
+    scores = [("TITLE", -1.0), ("y", float("-inf")), ("z", np.float32("nan"))]
+    path = attention.report(found, list("abc"), path=tmp_path / "page.html", title="My DATA", hypotheses=iter(scores))
+    assert path.read_text("utf-8").count("<title>My DATA</title>") == 1
+    assert data_of(path)["hypotheses"] == [["TITLE", -1.0], ["y", None], ["z", None]]
+
+
+@pytest.mark.slow
+@pytest.mark.on_one_backend
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
+def test_what_a_browser_makes_of_the_page(tmp_path):
+    tokens = ["▁Donaudampfschifffahrt", "▁", "a\nb"]
+    layer = {"block_0/attention": np.full((1, 1, 3, 3), 1 / 3, "float32")}
+    cross = {"cross_attention": np.full((1, 1, 3, 2), 0.5, "float32")}
+    pages = [attention.report(layer, tokens, path=tmp_path / "a.html", hypotheses=[("x", float("-inf"))]),
+             attention.report(cross, tokens, ["x", "y"], tmp_path / "b.html")]  # fmt: skip
+    one, two = (
+        subprocess.run(["chromium", "--headless", "--no-sandbox", "--virtual-time-budget=2000", "--dump-dom",
+                        page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+        for page in pages
+    )  # fmt: skip
+    assert '<p id="about">1 layer, 1 head. Donaudampfschifffahrt ▁ a\\nb</p>' in one
+    assert one.count(">Donaudampfsch…<") == 4 and one.count(">▁</text>") == 4
+    assert ">block_0/attention, head 1<" in one and "<td>–</td><td>x</td>" in one
+    assert "places in two texts" not in one.split("<script")[0]
+    assert "places in two texts" in two.split("<script")[0]
+
+
 def test_what_cannot_be_shown(transformer, tmp_path):
+    with pytest.raises(ValueError, match="nothing to show: captured is empty"):
+        attention.report({}, ["a"], path=tmp_path / "page.html")
+    with pytest.raises(ValueError, match="layer has weights that are not finite"):
+        attention.report({"layer": np.full((1, 1, 2, 2), np.nan)}, ["a", "b"], path=tmp_path / "page.html")
     found = attention.capture(transformer, IDS, ["encoder_block_0"])
     with pytest.raises(ValueError, match="has weights for 4 queries and 4 keys, but there are 5 and 5 tokens"):
         attention.report(found, list("abcde"), path=tmp_path / "page.html")

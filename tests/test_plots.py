@@ -55,6 +55,9 @@ def test_the_picture_shows_the_weights():
     assert dark < light
     assert labels(figure) == [["The", "cat", "sat", "."], ["Le", "chat", "."]]
     assert figure.get_suptitle() == "A title"
+    axes, bar = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("source, looked at", "target, looking")
+    assert bar.get_ylabel() == "weight"
 
 
 def test_weights_of_padding_are_cut_and_do_not_fade_the_rest():
@@ -180,14 +183,25 @@ def test_every_head_has_a_map(tmp_path):
     found = np.random.default_rng(0).dirichlet(np.ones(5), (2, 3, 6))
     titles = [["a", "", ""], ["", "", "b"]]
     figure = plots.heads(found, words(4), words(5, "key"), titles, path=tmp_path / "heads.png")
-    assert len(figure.axes) == 6 and (tmp_path / "heads.png").stat().st_size > 5000
-    for axes, expected in zip(figure.axes, found[:, :, :4].reshape(6, 4, 5)):
+    *panels, bar = figure.axes
+    assert len(panels) == 6 and (tmp_path / "heads.png").stat().st_size > 5000
+    for axes, expected in zip(panels, found[:, :, :4].reshape(6, 4, 5)):
         np.testing.assert_array_equal(axes.images[0].get_array(), expected)
         assert axes.images[0].get_clim() == (0, 1)  # so that maps can be compared
-    assert [axes.get_title() for axes in figure.axes[::5]] == ["1.1   a", "2.3   b"]
+    assert [axes.get_title() for axes in panels[::5]] == ["layer 1, head 1\na", "layer 2, head 3\nb"]
+    assert (figure.get_supxlabel(), figure.get_supylabel()) == ("token that is looked at", "token that looks")
+    assert bar.get_ylabel() == "weight" and bar.get_ylim() == (0, 1)
     assert [text.get_text() for text in figure.axes[3].get_yticklabels()] == [f"word{i}" for i in range(4)]
     assert [text.get_text() for text in figure.axes[3].get_xticklabels()] == [f"key{i}" for i in range(5)]
-    assert len(plots.heads(found[:1, :1, :5], words(5)).axes) == 1  # the keys are the queries
+    single = plots.heads(found[:1, :1, :5], words(5))  # the keys are the queries
+    assert [axes.get_title() for axes in single.axes] == ["layer 1, head 1", ""]
+
+
+def test_titles_over_narrow_maps_do_not_overlap():
+    titles = [["looks at the one before", "looks at the same"]] * 2
+    figure = plots.heads(np.full((2, 2, 2, 2), 0.5), words(2), titles=titles)
+    left, right = boxes([axes.title for axes in figure.axes[:2]], figure)
+    assert left.x1 < right.x0 and left.x0 >= 0 and right.x1 < figure.bbox.x1
 
 
 @pytest.mark.parametrize(
@@ -393,7 +407,8 @@ def test_lines_have_one_colour_a_name_and_their_intervals(tmp_path):
     left, right = figure.axes
     assert [line.get_label() for line in left.lines] == ["one", "two"]
     assert right.lines[0].get_color() == left.lines[1].get_color() != left.lines[0].get_color()
-    assert left.get_ylim()[0] == 0 and right.get_xscale() == right.get_yscale() == "log"
+    bottom, top = left.get_ylim()
+    assert -0.05 * top < bottom < 0 and right.get_xscale() == right.get_yscale() == "log"
     assert [text.get_text() for text in right.get_xticklabels()] == ["1", "2", "4"]
     (shade,) = right.collections
     np.testing.assert_array_equal(np.unique(shade.get_paths()[0].vertices[:, 1]), [0, 1, 2, 3, 4])
@@ -412,3 +427,62 @@ def test_bars_stand_in_groups_with_their_intervals():
     np.testing.assert_allclose(np.add(middle[:2], middle[2:]) / 2, [0, 1], atol=1e-9)  # each group around its label
     with pytest.raises(ValueError, match="two has 1 bars for 2 labels"):
         plots.bars({"two": [(1, 1, 1)]}, ["a", "b"])
+
+
+def test_bars_have_their_values_also_where_they_are_0():
+    groups = {"one": [(71.25, 60, 80), (0, 0, 0)], "two": [(-3, -4, -2), (np.nan,) * 3]}
+    figure = plots.bars(groups, ["a", "b"])
+    (axes,) = figure.axes
+    found = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert found == {"71.2": 80, "0.0": 0, "−3.0": -4, "": found[""]}  # beyond the intervals
+    figure.canvas.draw()
+    whole = plots.bars({"one": [(3, 2, 4), (12, 12, 12)]}, ["a", "b"]).axes[0]
+    assert [text.get_text() for text in whole.texts] == ["3", "12"]
+    for groups, labels in (({}, []), ({}, ["a"]), ({"one": []}, [])):
+        with pytest.raises(ValueError, match=f"at least one bar; got {len(groups)} groups and {len(labels)} labels"):
+            plots.bars(groups, labels)
+
+
+def test_intervals_end_where_values_must():
+    (axes,) = plots.bars({"one": [(99, 95, 103), (1, -2, 4)]}, ["a", "b"], within=(0, 100)).axes
+    ends = [segment[:, 1].tolist() for segment in axes.collections[0].get_segments()]
+    assert ends == [[95, 100], [0, 4]]
+    curve = [1, 2], [99, 1], [95, -2], [103, 4]
+    (axes,) = plots.lines([plots.Panel("", "", "", {"one": curve})], within=(0, None)).axes
+    (shade,) = axes.collections
+    np.testing.assert_array_equal(np.unique(shade.get_paths()[0].vertices[:, 1]), [0, 4, 95, 103])
+    plots.bars({"one": [(100 + 1e-9, 99, 101)]}, ["a"], within=(0, 100))  # a sum's rounding is no error
+    with pytest.raises(ValueError, match=r"one has means from 1 to 99, not within \(0, 50\)"):
+        plots.lines([plots.Panel("", "", "", {"one": curve})], within=(0, 50))
+    with pytest.raises(ValueError, match=r"one has means from -1 to -1, not within \(0, None\)"):
+        plots.bars({"one": [(-1, -1, -1)]}, ["a"], within=(0, None))
+
+
+def test_a_line_at_0_is_above_the_axis_and_negative_ones_are_shown():
+    x = [1, 2]
+    at_0, negative = (
+        plots.lines([plots.Panel("", "", "", {"one": (x, y, y, y), "two": (x, [5, 5], [5, 5], [5, 5])})]).axes[0]
+        for y in ([0, 0], [-5, -4])
+    )
+    assert -0.3 < at_0.get_ylim()[0] < 0 and negative.get_ylim()[0] < -5
+
+
+# norms
+
+
+@pytest.mark.parametrize("layers, records", [(1, 1), (3, 17), (30, 200)])
+def test_norms_of_few_layers_are_no_strip_and_their_ticks_do_not_overlap(layers, records):
+    rng = np.random.default_rng(0)
+    steps, names = [100 * i for i in range(records)], [f"block_{i}" for i in range(layers)]
+    found = types.SimpleNamespace(
+        names=names, steps=steps, gradients=rng.random((records, layers)), activations=3 + rng.random((records, layers))
+    )
+    figure = plots.norms(found)
+    width, height = figure.get_size_inches()
+    assert 3 <= height and width < 4 * height
+    for axes in figure.axes:
+        ticks = boxes([tick for tick in axes.get_xticklabels() if tick.get_text()], figure)
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(ticks))
+    for bar in figure.axes[2:]:
+        ticks = [tick.get_text() for tick in bar.get_yticklabels()]
+        assert len(ticks) == 5 and all(float(tick) > 0 for tick in ticks)

@@ -17,8 +17,8 @@ class NormRecorder(keras.callbacks.Callback):
     Args:
         x, y, sample_weight: the batch, as for `train_on_batch`.
         every: int, steps from one record to the next; the first is made before training, the last at its end.
-        layers: list of layers, or of their names, anywhere in the model; None takes all that `layer_groups()` names,
-            or else the model's own layers that have weights.
+        layers: list of layers, or of their names, anywhere in the model, or one of them; None takes all that
+            `layer_groups()` names, or else the model's own layers that have weights.
 
     Attributes:
         names: list of str, of the layers.
@@ -36,7 +36,7 @@ class NormRecorder(keras.callbacks.Callback):
             raise ValueError(f"every must be at least 1; got {every}.")
         self.batch = x, y, sample_weight
         self.every = every
-        self.layers = layers
+        self.layers = [layers] if isinstance(layers, str | keras.layers.Layer) else layers
         self.names, self.steps = [], []
         self.gradients = self.activations = np.zeros((0, 0))
 

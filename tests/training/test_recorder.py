@@ -62,7 +62,7 @@ def test_layers_of_a_bert_and_by_name(tmp_path):
     model = BERTClassifier(BERT(11, 2, 8, 2, 16, max_length=8), 3)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     ids, labels = np.array([[1, 2, 3, 0], [4, 5, 6, 7]], "int32"), np.array([0, 2])
-    every, some = NormRecorder({"token_ids": ids}, labels), NormRecorder({"token_ids": ids}, labels, layers=["block_1"])
+    every, some = NormRecorder({"token_ids": ids}, labels), NormRecorder({"token_ids": ids}, labels, layers="block_1")
     model.fit({"token_ids": ids}, labels, verbose=0, callbacks=[every, some])
     assert [name.split("/")[-1] for name in every.names[-3:]] == ["block_1", "pooler", "classes"]
     assert len(every.names) == 8
@@ -83,6 +83,8 @@ def test_what_cannot_be_recorded():
         NormRecorder(X, Y, every=0)
     with pytest.raises(ValueError, match="has no layer 'middle'"):
         linear().fit(X, Y, verbose=0, callbacks=[NormRecorder(X, Y, layers=["middle"])])
+    with pytest.raises(ValueError, match="has no layer 'middle'"):
+        linear().fit(X, Y, verbose=0, callbacks=[NormRecorder(X, Y, layers="middle")])
     with pytest.raises(ValueError, match="has no layers with weights; name some"):
         model = keras.Sequential([keras.Input((3,)), keras.layers.Dropout(0.5)])
         model.compile("sgd", "mse")
