@@ -32,9 +32,12 @@ BELOW = {
     **{part: {"kernels", "ops", "base", part} for part in ("data", "decoding", "plots", "testing", "training")},
     "attention": {"kernels", "ops", "base", "layers"},
     "convert": {"kernels", "ops", "base", "models", "convert"},
-    "reproduce": {"kernels", "ops", "base", "layers", "models", "data", "decoding", "plots", "training", "reproduce"},
+    "reproduce": {
+        "__version__", "kernels", "ops", "base", "layers", "models", "data", "decoding", "plots", "training",
+        "reproduce",
+    },
     "__main__": {"reproduce"},
-}
+}  # fmt: skip
 COMPOSED_LAYERS = {"blocks", "awd_lstm", "heads"}  # the files of layers/ that the others there may not import
 
 
@@ -156,6 +159,16 @@ def test_import_adds_little_to_keras():
     assert set(tries[0]["added"]) <= {"llmfound", *sys.stdlib_module_names}
     if keras.backend.backend() != "tensorflow":
         assert "tensorflow" not in tries[0]["loaded"]
+
+
+def test_what_is_reached_by_a_plain_import(tmp_path):
+    code = (
+        "import json, llmfound, keras\n"
+        "known = keras.saving.get_registered_object('llmfound>Transformer') is llmfound.models.Transformer\n"
+        "print(json.dumps([known, bool(llmfound.testing.check_layer), bool(llmfound.reproduce.FIGURES),"
+        " {'testing', 'reproduce', 'models'} <= set(dir(llmfound)), hasattr(llmfound, 'nothing')]))"
+    )
+    assert run_python(code) == [True, True, True, True, False]
 
 
 WITHOUT_TENSORFLOW = """

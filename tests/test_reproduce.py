@@ -7,15 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
 import pytest
 
+import llmfound
 from llmfound import __main__ as command
 from llmfound import decoding, reproduce
 from llmfound.reproduce import FIGURES, Figure, ulmfit
-from llmfound.reproduce.figure import take_steps
+from llmfound.reproduce.figure import Results, judge, take_steps
 from llmfound.reproduce.transformer import divergence
 from llmfound.reproduce.translation import language, transformer
 from llmfound.training import SmoothedCrossEntropy, mean_interval
@@ -83,16 +85,16 @@ def test_what_a_call_leaves(tmp_path):
     ]
     report = (folder / "report.md").read_text()
     worth = [line["numbers"]["worth"] for line in record["runs"][1::2]]
-    mean, low, _ = mean_interval(worth)
     for text in (
-        "# Coins", "More coins are worth more. (A. Nonymous 1713, table 1)", "nine coins at most. 2 seeds",
-        f"| coins 9 | {mean:.3g} ± {mean - low:.2g} |", "**Held**: nine are worth", "**Did not hold**: one is worth",
+        "# Coins", "More coins are worth more. (A. Nonymous 1713, table 1)", "nine coins at most. 2 seeds, means with",
+        f"| coins 9 | {np.mean(worth):.3g} ({worth[0]:.3g}, {worth[1]:.3g}) |", f"llmfound {llmfound.__version__}, ",
+        "**Held**: nine are worth", "**Did not hold**: one is worth",
         "![Coins](figure.png)", f"reproduce coins --scale tiny --seeds 2 --backend {keras.backend.backend()}",
         "1.4e+18 floating-point operations, 1 hours of one H100",
     ):  # fmt: skip
         assert text in report
     assert "each" not in report  # a curve is no cell of a table
-    assert said[0] == f"Coins. 2 runs with 2 seeds on {keras.backend.backend()}, 0 of them done."
+    assert said[0] == f"Coins. 2 runs x 2 seeds on {keras.backend.backend()}: 0 of 4 are done."
     assert [text for text in said if "seed 1" in text and text.endswith("about 0:00:00 left")]
     assert "DID NOT HOLD: one is worth more" in said
 
@@ -127,8 +129,11 @@ def test_jobs_give_the_same_numbers(tmp_path):
 def test_more_seeds_are_added_and_fewer_are_a_part(tmp_path):
     figure = Coins()
     for seeds, measured in ((1, 2), (3, 6), (2, 6)):
-        reproduce.reproduce(figure, "tiny", seeds, tmp_path)
+        before = len(figure.measured)
+        said = []
+        reproduce.reproduce(figure, "tiny", seeds, tmp_path, say=said.append)
         assert len(figure.measured) == measured
+        assert f": {2 * seeds - measured + before} of {2 * seeds} are done." in said[0]
         assert f"{seeds} seed" in (tmp_path / "coins-tiny" / "report.md").read_text()
 
 
@@ -136,7 +141,7 @@ def test_what_cannot_be_made_fails_before_anything_is_run(tmp_path, monkeypatch)
     figure = Coins()
     with pytest.raises(ValueError, match="coins has the scales tiny, full; got 'small'"):
         reproduce.reproduce(figure, "small", out=tmp_path)
-    with pytest.raises(ValueError, match="at least one seed and one job; got 0 and 1"):
+    with pytest.raises(ValueError, match="seeds and jobs must be 1 or more; got seeds=0 and jobs=1"):
         reproduce.reproduce(figure, "tiny", 0, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
@@ -148,7 +153,9 @@ def test_what_cannot_be_made_fails_before_anything_is_run(tmp_path, monkeypatch)
             reproduce.reproduce(figure, "tiny", out=tmp_path)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(ImportError):
+        for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+            patch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match="Plots need matplotlib: pip install"):
             reproduce.reproduce(figure, "tiny", out=tmp_path)
     assert not figure.measured
 
@@ -182,9 +189,14 @@ def test_the_command_line(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(FIGURES)
     with pytest.raises(SystemExit, match=r"There is no figure 'preln'; there are rnnsearch-length"):
         command.main(command.parse(["reproduce", "preln"]))
-    with pytest.raises(SystemExit, match="2"):
-        command.parse(["reproduce"])
-    assert "name a figure, or --list them" in capsys.readouterr().err
+    for arguments, message in (
+        ([], "name a figure, or --list them"),
+        (["coins", "--jobs", "0"], "argument --jobs: must be 1 or more; got 0"),
+        (["coins", "--seeds", "-1"], "argument --seeds: must be 1 or more; got -1"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command.parse(["reproduce", *arguments])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.on_one_backend
@@ -201,14 +213,107 @@ def test_the_command_line_takes_another_backend(tmp_path):
 def test_a_backend_that_is_not_installed(monkeypatch):
     other = "jax" if keras.backend.backend() != "jax" else "torch"
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=rf'{other} is not installed: pip install "llmfound\[{other}\]"'):
+    with pytest.raises(SystemExit, match=rf'{other} is not installed: pip install "\.\[{other}\]".*KERAS_BACKEND'):
         command.main(command.parse(["reproduce", "preln-gradients", "--backend", other]))
+
+
+def test_keras_does_not_change_its_backend():
+    other = next(name for name in command.BACKENDS if name != keras.backend.backend() and command.installed(name))
+    with pytest.raises(SystemExit, match=f"runs on {keras.backend.backend()} already; set KERAS_BACKEND={other}"):
+        command.main(command.parse(["reproduce", "preln-gradients", "--backend", other]))
+
+
+@pytest.fixture
+def one_backend(tmp_path):
+    """The environment of Python without TensorFlow and JAX, and without a choice of a backend."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tensorflow'] = sys.modules['jax'] = None\n")
+    return dict(HOME=str(tmp_path), KERAS_HOME=str(tmp_path), KERAS_BACKEND="",
+                PYTHONPATH=f"{tmp_path}:{pathlib.Path(llmfound.__file__).parents[1]}")  # fmt: skip
+
+
+@pytest.mark.on_one_backend
+def test_the_command_line_where_the_backend_of_keras_is_not_installed(one_backend):
+    shown = run("reproduce", "--list", **one_backend)
+    assert shown.stdout.count("\n") == len(FIGURES), shown.stderr
+    assert "There is no figure 'coins'" in run("reproduce", "coins", "--backend", "torch", **one_backend).stderr
+    sentence = (
+        'tensorflow is not installed: pip install ".[tensorflow]" in a clone of llmfound, or let the environment '
+        "variable KERAS_BACKEND name another backend (torch).\n"
+    )
+    assert run("reproduce", "preln-gradients", **one_backend).stderr == sentence
+    imported = subprocess.run([sys.executable, "-c", "import llmfound"], env={**os.environ, **one_backend},
+                              capture_output=True, text=True)  # fmt: skip
+    assert imported.stderr.endswith(f"ModuleNotFoundError: {sentence}")
 
 
 def test_an_interrupted_command_says_how_to_go_on(monkeypatch):
     monkeypatch.setattr(reproduce, "reproduce", interrupt)
     with pytest.raises(SystemExit, match=r"Interrupted\. What was done is kept, and the same command goes on"):
         command.main(command.parse(["reproduce", "preln-gradients"]))
+
+
+@pytest.mark.on_one_backend
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no groups of processes")
+@pytest.mark.parametrize("when", ["imports", pytest.param("jobs", marks=pytest.mark.slow)])
+def test_ctrl_c_ends_in_one_sentence(when, tmp_path):
+    """The signal goes to all processes, as a terminal sends it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmfound", "reproduce", "preln-gradients", "--scale", "tiny", "--seeds", "20", "--jobs",
+         "2", "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    if when == "imports":
+        time.sleep(0.5)
+    else:
+        while "about" not in process.stdout.readline():
+            assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert errors == "Interrupted. What was done is kept, and the same command goes on.\n" and process.returncode == 1
+
+
+# Intervals, and what is noise
+
+
+def test_intervals_from_three_seeds_on_and_values_before():
+    def results(*values):
+        return Results([{"n": 1}], {}, [dict(run={"n": 1}, numbers={"score": x}) for x in values])
+
+    assert results(90.0).interval("score", n=1) == (90, 90, 90) and results(90.0).cell("score", {"n": 1}) == "90"
+    two = results(80.0, 66.0)
+    assert two.interval("score", n=1) == (73, 66, 80) and two.cell("score", {"n": 1}) == "73 (80, 66)"
+    three = results(80.0, 66.0, 100.0)
+    np.testing.assert_allclose(three.interval("score", n=1), mean_interval([80.0, 66.0, 100.0]))
+    assert three.cell("score", {"n": 1}) == "82 ± 42"
+    assert three.percent("score", n=1)[2] == 100 < three.interval("score", n=1)[2]
+    assert results([1.0, 2.0], [3.0, 6.0]).interval("score", n=1)[2].tolist() == [3, 6]
+
+
+@pytest.mark.parametrize(
+    "values, held, noise",
+    [
+        ([0.1], True, False), ([-0.1], False, False),  # one seed tells nothing of noise
+        ([1.0, 1.5], True, False), ([0.1, 0.5], True, True), ([-1.0, 0.5], False, True),
+        ([1.0, 1.1, 0.9], True, False), ([1.0, 2.5, 0.5], True, True), ([-1.0, -1.1, -0.9], False, False),
+        ([1.0, np.nan], False, True), ([True, True], True, False), ([True, False], False, True),
+    ],
+)  # fmt: skip
+def test_a_difference_that_the_seeds_cannot_tell_is_noise(values, held, noise):
+    class Differences(Coins):
+        def verdicts(self, results):
+            values = results.all("x")
+            return [("it is more", all(values) if isinstance(values[0], bool) else np.mean(values))]
+
+    results = Results([{"n": 1}], {}, [dict(run={"n": 1}, numbers={"x": x}) for x in values])
+    assert judge(Differences(), results, len(values)) == [("it is more", held, noise)]
+
+
+def test_the_page_says_what_is_noise(tmp_path):
+    figure, said = Coins(), []
+    figure.measure = lambda run, settings, seed, prepared: {"worth": run["coins"] * (seed * 3 - 1)}
+    assert [held for _, held in reproduce.reproduce(figure, "tiny", out=tmp_path, say=said.append)] == [True, False]
+    report = (tmp_path / "coins-tiny" / "report.md").read_text()
+    assert "- **Held, within the noise of the seeds**: nine are" in report and "it differs between the seeds." in report
+    assert [text for text in said if text.startswith("DID NOT HOLD, within the noise of the seeds: one is worth more")]
 
 
 # The figures

@@ -68,12 +68,12 @@ class Objectives(Figure):
         found = []
         for task in results.settings["tasks"]:
             ahead = results.mean(task, objective="masked") - results.mean(task, objective="left to right")
-            found.append((f"{task}: masked words are ahead of left-to-right ({ahead:+.1f} points)", ahead > 0))
+            found.append((f"{task}: masked words are ahead of left-to-right ({ahead:+.1f} points)", ahead))
         return found
 
     def draw(self, results, path):
         tasks = results.settings["tasks"]
-        groups = {run["objective"]: [results.interval(task, **run) for task in tasks] for run in results.runs}
+        groups = {run["objective"]: [results.percent(task, **run) for task in tasks] for run in results.runs}
         plots.bars(groups, tasks, "score, %", self.title, path)
 
     def cost(self, settings):
@@ -140,18 +140,18 @@ class Masking(Figure):
             (
                 f"fine-tuned, the strategies lie closer together than with features ({tuned:.1f} points between best "
                 f"and worst, against {features:.1f})",
-                tuned < features,
+                features - tuned,
             )
         ]
         for name, row in (("[MASK] alone", (100, 0, 0)), ("random words alone", (0, 0, 100))):
             if row in scores["features"]:
                 ahead = scores["features"][row] - scores["features"][80, 10, 10]
-                found.append((f"features: {name} does worse than 80/10/10 ({ahead:+.1f} points)", ahead < 0))
+                found.append((f"features: {name} does worse than 80/10/10 ({ahead:+.1f} points)", -ahead))
         return found
 
     def draw(self, results, path):
         labels = ["/".join(map(str, run.values())) for run in results.runs]
-        groups = {name: [results.interval(name, **run) for run in results.runs] for name in ("fine-tuned", "features")}
+        groups = {name: [results.percent(name, **run) for run in results.runs] for name in ("fine-tuned", "features")}
         plots.bars(groups, labels, "score, %", self.title, path)
 
     def cost(self, settings):

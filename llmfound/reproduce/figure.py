@@ -1,25 +1,28 @@
 """A figure of a paper, and what makes it: runs over seeds that go on where they stopped, a picture, and a page."""
 
 import concurrent.futures
+import contextlib
+import copy
 import datetime
-import importlib.metadata
 import json
 import multiprocessing
 import os
 import pathlib
 import platform
 import shutil
+import signal
 import time
 
 import keras
 import numpy as np
 
-from llmfound import kernels
+from llmfound import __version__, kernels, plots
 from llmfound.training import mean_interval
 
 SCALES = ("tiny", "small", "full")
 FREE = 64 * 2**20  # bytes that must be free before anything is run
 THREADS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"
+NOISE = ", within the noise of the seeds"
 H100 = 400e12  # floating-point operations per second of one H100 in bfloat16, at 40 % of its peak
 
 
@@ -58,7 +61,11 @@ class Figure:
         raise NotImplementedError(f"{type(self).__name__} must say how a run is measured: override measure().")
 
     def verdicts(self, results):
-        """List of (sentence, bool): parts of the claim, and whether they held."""
+        """List of (sentence, margin): parts of the claim, and by how much they held, in any unit; at 0 they did not.
+
+        It is also called with the results of each seed alone, whose margins tell how much is noise. True and False are
+        margins, too.
+        """
         raise NotImplementedError(f"{type(self).__name__} must say what it claims: override verdicts().")
 
     def draw(self, results, path):
@@ -89,6 +96,28 @@ def take_steps(model, batches, first, count):
         model.reset_metrics()  # else Keras gives the mean of all steps so far
         losses.append(model.train_on_batch(*batches[i % len(batches)][:2], return_dict=True)["loss"])
     return [float(loss) for loss in losses]
+
+
+def spread(values):
+    """Mean, low and high end of the 95 % interval, each float (...), from float (seeds, ...).
+
+    The interval of two seeds is too wide to tell anything; the ends are then the lower and the higher value.
+    """
+    values = np.asarray(values, "float64")
+    if len(values) < 3:
+        return values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+    flat = np.array([mean_interval(list(x)) for x in values.reshape(len(values), -1).T])
+    return tuple(flat[:, i].reshape(values.shape[1:]) for i in range(3))
+
+
+def cell(values):
+    """The mean of the seeds and what `spread` says about them, as text: 73 ± 4, or 73 (66, 80) with two seeds."""
+    mean, low, high = spread(values)
+    if low == high:
+        return f"{mean:.3g}"
+    if len(values) > 2:
+        return f"{mean:.3g} ± {mean - low:.2g}"
+    return f"{mean:.3g} ({', '.join(f'{x:.3g}' for x in values)})"
 
 
 class Results:
@@ -124,19 +153,42 @@ class Results:
         return self.of(name, **run).mean(axis=0)
 
     def interval(self, name, **run):
-        """Mean, low and high end of the 95 % interval, each float (...); the mean thrice with one seed."""
-        values = self.of(name, **run)
-        if len(values) == 1:
-            return values[0], values[0], values[0]
-        flat = np.array([mean_interval(list(x)) for x in values.reshape(len(values), -1).T])
-        return tuple(flat[:, i].reshape(values.shape[1:]) for i in range(3))
+        """Mean, low and high end of a number over the seeds, each float (...), as `spread` gives them."""
+        return spread(self.of(name, **run))
+
+    def percent(self, name, **run):
+        """The interval of a percentage, of which no end lies beyond 0 or 100."""
+        return tuple(np.clip(end, 0, 100) for end in self.interval(name, **run))
 
     def cell(self, name, run):
-        """The mean and half of the interval, as text; empty for a run without this number."""
-        if not len(self.of(name, **run)):
-            return ""
-        mean, low, _ = self.interval(name, **run)
-        return f"{mean:.3g}" if mean == low else f"{mean:.3g} ± {mean - low:.2g}"
+        """The mean and the interval, as text; empty for a run without this number."""
+        values = self.of(name, **run)
+        return cell(values) if len(values) else ""
+
+    def seed(self, i):
+        """The Results of one seed alone."""
+        one = copy.copy(self)
+        one.numbers = {name: [values[i : i + 1] for values in of_runs] for name, of_runs in self.numbers.items()}
+        return one
+
+
+def judge(figure, results, count):
+    """List of (sentence, held, noise), str, bool, bool: noise if the margin is within what `count` seeds tell of it."""
+
+    def margins(results):
+        return [2.0 * bool(x) - 1 if isinstance(x, (bool, np.bool_)) else float(x) for _, x in figure.verdicts(results)]
+
+    sentences = [sentence for sentence, _ in figure.verdicts(results)]
+    with np.errstate(all="ignore"):  # a ratio of one seed need not exist
+        by_seed = np.array([margins(results.seed(i)) for i in range(count)]).T
+    found = []
+    for sentence, margin, of_seeds in zip(sentences, margins(results), by_seed):
+        noise = not np.isfinite(of_seeds).all()
+        if count > 1 and not noise:
+            mean, low, high = spread(of_seeds)
+            noise = abs(margin) <= (mean - low if count > 2 else high - low)
+        found.append((sentence, margin > 0, bool(noise)))
+    return found
 
 
 def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None, jobs=1, say=print):
@@ -154,7 +206,7 @@ def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None
         say: function of a str, for progress.
 
     Returns:
-        list of (sentence, bool): the claim, in parts, and whether they held.
+        list of (sentence, bool): the claim, in parts, and whether they held. The page says which are within the noise.
 
     Raises:
         ValueError: if the scale is unknown, there is no seed, or the folder holds runs of other settings.
@@ -168,9 +220,8 @@ def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None
     count = settings.pop("seeds") if seeds is None else seeds
     settings.pop("seeds", None)
     if count < 1 or jobs < 1:
-        raise ValueError(f"There must be at least one seed and one job; got {count} and {jobs}.")
-    from matplotlib import figure as _  # noqa: F401  now, rather than after hours
-
+        raise ValueError(f"seeds and jobs must be 1 or more; got seeds={count} and jobs={jobs}.")
+    plots.bars({"": [(0, 0, 0)]}, [""])  # so that a missing matplotlib is told now, not after hours
     folder = pathlib.Path(out) / f"{figure.name}-{scale}"
     record = _open(folder, figure, scale, settings)
     runs = figure.runs(settings)
@@ -178,22 +229,24 @@ def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None
     done = {(label(line["run"]), line["seed"]): line for line in record["runs"]}
     left = [(run, seed) for seed in range(count) for run in runs if (label(run), seed) not in done]
     seeds = f"{count} seed{'s' * (count != 1)}"
-    say(f"{figure.title}. {len(runs)} runs with {seeds} on {record['backend']}, {len(done)} of them done.")
-    for line in _measured(figure, settings, sets, folder, left, jobs):
-        done[label(line["run"]), line["seed"]] = line
-        record["runs"] = sorted(done.values(), key=lambda line: (line["seed"], runs.index(line["run"])))
-        _write(folder / "results.json", json.dumps(record, indent=1))
-        rest = _clock(_remaining(done, [one for one in left if (label(one[0]), one[1]) not in done]) / jobs)
-        say(f"{label(line['run'])}, seed {line['seed']}: {line['seconds']:.1f} s, about {rest} left")
+    every = len(runs) * count
+    say(f"{figure.title}. {len(runs)} runs x {seeds} on {record['backend']}: {every - len(left)} of {every} are done.")
+    with contextlib.closing(_measured(figure, settings, sets, folder, left, jobs)) as lines:
+        for line in lines:
+            done[label(line["run"]), line["seed"]] = line
+            record["runs"] = sorted(done.values(), key=lambda line: (line["seed"], runs.index(line["run"])))
+            _write(folder / "results.json", json.dumps(record, indent=1))
+            rest = _clock(_remaining(done, [one for one in left if (label(one[0]), one[1]) not in done]) / jobs)
+            say(f"{label(line['run'])}, seed {line['seed']}: {line['seconds']:.1f} s, about {rest} left")
     chosen = [done[label(run), seed] for run in runs for seed in range(count)]
     results = Results(runs, settings, chosen)
-    verdicts = [(sentence, bool(held)) for sentence, held in figure.verdicts(results)]
+    verdicts = judge(figure, results, count)
     figure.draw(results, folder / "figure.png")
     _write(folder / "report.md", _report(figure, scale, count, results, verdicts, chosen, record))
-    for sentence, held in verdicts:
-        say(f"{'held' if held else 'DID NOT HOLD'}: {sentence}")
+    for sentence, held, noise in verdicts:
+        say(f"{'held' if held else 'DID NOT HOLD'}{NOISE * noise}: {sentence}")
     say(f"{folder / 'report.md'}")
-    return verdicts
+    return [(sentence, held) for sentence, held, _ in verdicts]
 
 
 def _measured(figure, settings, sets, folder, left, jobs):
@@ -209,16 +262,36 @@ def _measured(figure, settings, sets, folder, left, jobs):
     os.environ.update(dict.fromkeys(THREADS, threads))  # of the processes that are started from here on
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (figure, settings, sets, folder))
+    others = set(multiprocessing.active_children())
     try:
-        for line in concurrent.futures.as_completed([pool.submit(_one, run, seed) for run, seed in left]):
+        with _interrupts_held():
+            futures = [pool.submit(_one, run, seed) for run, seed in left]
+        for line in concurrent.futures.as_completed(futures):
             yield line.result()
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise ChildProcessError(
-            f"A process of a run was killed; often for memory, which fewer than {jobs} jobs need less of. What was "
-            "done is kept, and the same call goes on."
-        ) from error
+    except BaseException as error:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+            raise ChildProcessError(
+                f"A process of a run was killed; often for memory, which fewer than {jobs} jobs need less of. What was "
+                "done is kept, and the same call goes on."
+            ) from error
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held():
+    """Ctrl-C waits here, and what is started meanwhile never sees it: this process ends the others."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _prepared(figure, settings, sets, folder):
@@ -239,6 +312,7 @@ _job = []  # of a process of its own: what it measures
 
 
 def _begin(figure, settings, sets, folder):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows
     _job[:] = figure, settings, _prepared(figure, settings, sets, folder)
 
 
@@ -308,7 +382,15 @@ def _report(figure, scale, count, results, verdicts, lines, record):
     table = "\n".join(
         "| " + " | ".join(row) + " |" for row in [rows[0], ["---"] + ["--:"] * (len(rows[0]) - 1), *rows[1:]]
     )
-    marks = "\n".join(f"- {'**Held**' if held else '**Did not hold**'}: {sentence}" for sentence, held in verdicts)
+    marks = "\n".join(
+        f"- **{'Held' if held else 'Did not hold'}{NOISE * noise}**: {sentence}" for sentence, held, noise in verdicts
+    )
+    if any(noise for *_, noise in verdicts):
+        of_seeds = "the 95 % interval of its mean over the seeds" if count > 2 else "it differs between the seeds"
+        marks += f"\n\nWithin the noise of the seeds: a margin is not greater than {of_seeds}."
+    seeds = {1: "1 seed, which cannot tell noise", 2: "2 seeds, means with both values in brackets"}.get(
+        count, f"{count} seeds, means with 95 % intervals"
+    )
     full = {key: value for key, value in figure.scales["full"].items() if key != "seeds"}
     cost, of_all = figure.cost(full), ""
     if cost:
@@ -320,8 +402,8 @@ def _report(figure, scale, count, results, verdicts, lines, record):
 
 **The paper.** {figure.claim} ({figure.source})
 
-**What was run.** {scale}: {figure.shrunk[scale]} {count} seed{"s" * (count > 1)}, means with 95 % intervals.
-{record["backend"]}, llmfound {importlib.metadata.version("llmfound")}, Keras {keras.__version__}, {os.cpu_count()}
+**What was run.** {scale}: {figure.shrunk[scale]} {seeds}.
+{record["backend"]}, llmfound {__version__}, Keras {keras.__version__}, {os.cpu_count()}
 cores ({platform.machine()}), {_clock(spent)} in all, {datetime.date.today()}.
 
     python -m llmfound reproduce {figure.name} --scale {scale} --seeds {count} --backend {record["backend"]}

@@ -147,14 +147,14 @@ class Gradients(Figure):
         return [
             (
                 f"Post-LN, last layer: the same at every depth (greatest / least = {change:.2f}, at most 1.3)",
-                change < 1.3,
+                1.3 - change,
             ),
             (
                 f"Pre-LN, last layer: falls as depth^{slope:.2f} (the theory says -0.5; within 0.15)",
-                abs(slope + 0.5) < 0.15,
+                0.15 - abs(slope + 0.5),
             ),
-            (f"Post-LN, {deepest} layers: grows towards the output (top / bottom = {growth:.1f}, above 2)", growth > 2),
-            (f"Pre-LN, {deepest} layers: flat (greatest / least = {flat:.1f}, below 2.5)", flat < 2.5),
+            (f"Post-LN, {deepest} layers: grows towards the output (top / bottom = {growth:.1f}, above 2)", growth - 2),
+            (f"Pre-LN, {deepest} layers: flat (greatest / least = {flat:.1f}, below 2.5)", 2.5 - flat),
         ]
 
     def cost(self, settings):
@@ -238,9 +238,9 @@ class WarmUp(Figure):
         return [
             (
                 f"Post-LN without warm-up fails: its loss is {gap:.2f} above that with warm-up (more than 0.3)",
-                gap > 0.3,
+                gap - 0.3,
             ),
-            (f"Pre-LN without warm-up reaches Post-LN with warm-up: {held:+.2f} (at most 0.1 above)", held < 0.1),
+            (f"Pre-LN without warm-up reaches Post-LN with warm-up: {held:+.2f} (at most 0.1 above)", 0.1 - held),
         ]
 
     def cost(self, settings):

@@ -80,11 +80,11 @@ class Lengths(Figure):
         attending, fixed = (self.bins(results, run["model"]) for run in results.runs)
         of_first, of_last = (fixed[i]["bleu"] / attending[i]["bleu"] for i in (0, -1))
         return [
-            (f"RNNsearch is ahead of RNNencdec: BLEU {ahead:.1f} against {behind:.1f}", ahead > behind),
+            (f"RNNsearch is ahead of RNNencdec: BLEU {ahead:.1f} against {behind:.1f}", ahead - behind),
             (
                 f"RNNencdec falls behind with length: it has {of_first:.0%} of RNNsearch's BLEU in those of up to "
                 f"{fixed[0]['high']} words, {of_last:.0%} in those of {fixed[-1]['low']} and more",
-                of_last < of_first,
+                of_first - of_last,
             ),
         ]
 
@@ -155,20 +155,20 @@ class Alignment(Figure):
             return [
                 (
                     f"A word looks most at its mirror image: {found:.0%} (more than half; by chance {chance:.0%})",
-                    found > 0.5,
+                    found - 0.5,
                 ),
-                (f"The word before it looks further right: {inverted:.0%} (more than half)", inverted > 0.5),
+                (f"The word before it looks further right: {inverted:.0%} (more than half)", inverted - 0.5),
             ]
         return [
             (
                 f"A French colour looks most at the English one: {found:.0%} (more than half; by chance {chance:.0%})",
-                found > 0.5,
+                found - 0.5,
             ),
-            (f"The noun before it looks to the right of the colour: {inverted:.0%} (more than half)", inverted > 0.5),
+            (f"The noun before it looks to the right of the colour: {inverted:.0%} (more than half)", inverted - 0.5),
             (
                 f"The weights lie along the diagonal: {near:.0%} within two words of it (more than half; evenly "
                 f"spread {near_by_chance:.0%})",
-                near > max(0.5, near_by_chance),
+                near - max(0.5, near_by_chance),
             ),
         ]
 

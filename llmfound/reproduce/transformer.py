@@ -3,9 +3,9 @@
 import numpy as np
 from keras import ops
 
-from llmfound import plots, training
+from llmfound import plots
 from llmfound.data import pad
-from llmfound.reproduce.figure import Figure, take_steps
+from llmfound.reproduce.figure import Figure, spread, take_steps
 from llmfound.reproduce.translation import language, step_cost, transformer
 
 
@@ -83,8 +83,8 @@ class Variations(Figure):
         for row in results.settings["rows"]:
             here, paper = self.changes(results, row)
             here, word = here.mean(), "worse" if paper > 1 else "better" if paper < -1 else "level, within 5 %"
-            held = abs(here) < 5 if abs(paper) <= 1 else here * paper > 0
-            found.append((f"{row}: {word} (perplexity {here:+.1f} %; the paper's {paper:+.1f} %)", held))
+            margin = 5 - abs(here) if abs(paper) <= 1 else here * np.sign(paper)
+            found.append((f"{row}: {word} (perplexity {here:+.1f} %; the paper's {paper:+.1f} %)", margin))
         return found
 
     def draw(self, results, path):
@@ -92,7 +92,7 @@ class Variations(Figure):
         groups = {"here": [], "the paper, WMT14": []}
         for row in rows:
             here, paper = self.changes(results, row)
-            groups["here"].append(training.mean_interval(list(here)) if len(here) > 1 else 3 * [here[0]])
+            groups["here"].append(spread(here))
             groups["the paper, WMT14"].append(3 * [paper])
         plots.bars(groups, rows, "perplexity against base, %", self.title, path)
 
@@ -177,14 +177,14 @@ class Heads(Figure):
             (
                 f"One looks at a fixed place, wherever it stands: with {100 * most[1]:.0f} % of its weight, "
                 f"{100 * most[0]:.0f} % at the start (at least three times as much)",
-                most[1] > 3 * most[0],
+                most[1] - 3 * most[0],
             )
         ]
         if results.settings["part"] == "encoder":  # a row that is written backwards gives all heads one task
             found.append((
                 "The heads of a layer look at different places around the word, over all sentences: "
                 f"{apart[1]:.4f} bits between two of them, {apart[0]:.4f} at the start (at least ten times as much)",
-                apart[1] > 10 * apart[0],
+                apart[1] - 10 * apart[0],
             ))  # fmt: skip
         return found
 

@@ -143,22 +143,22 @@ class Ablation(_FineTuned):
         ahead = error[SCRATCH] - error[ALL]
         found = [
             (f"Pre-training and all three techniques err less than from scratch ({ahead:+.1f} points, more than 5)",
-             ahead > 5)
+             ahead - 5)
         ]  # fmt: skip
         if LAST in error:
             others = max(error[row] for row in error if row not in (SCRATCH, LAST))
             found.append(
                 (f'"last" is the worst way to fine-tune: {error[LAST]:.1f} %, and the next worst {others:.1f} %',
-                 error[LAST] > others)
+                 error[LAST] - others)
             )  # fmt: skip
         if FULL in error:
             ahead = error[FULL] - error[ALL]
-            found.append((f'With all three techniques it errs less than plain "full" ({ahead:+.1f} points)', ahead > 0))
+            found.append((f'With all three techniques it errs less than plain "full" ({ahead:+.1f} points)', ahead))
         return found
 
     def draw(self, results, path):
         rows = results.settings["rows"]
-        errors = [results.interval("error, %", row=row) for row in rows]
+        errors = [results.percent("error, %", row=row) for row in rows]
         plots.bars({"error": errors}, [row.replace(" + ", "\n+ ") for row in rows], "error, %", self.title, path)
 
     def cost(self, settings):
@@ -212,15 +212,15 @@ class LowShot(_FineTuned):
         more = "more than " * bool(np.isclose(match, counts[-1]))
         return [
             (f"Pre-training errs less at every number of labels (by {ahead.min():.1f} to {ahead.max():.1f} points)",
-             ahead.min() > 0),
+             ahead.min()),
             (f"{reference} labels match {more}{match:.0f} from scratch, {match / reference:.1f} times as many (at "
-             "least twice; the paper has 10 times and more on larger sets)", match >= 2 * reference),
+             "least twice; the paper has 10 times and more on larger sets)", match - 2 * reference),
         ]  # fmt: skip
 
     def draw(self, results, path):
         counts = results.settings["counts"]
         series = {
-            start: (counts, *zip(*(results.interval("error, %", start=start, labels=n) for n in counts)))
+            start: (counts, *zip(*(results.percent("error, %", start=start, labels=n) for n in counts)))
             for start in STARTS
         }
         plots.lines([plots.Panel("", "labels", "error, %", series, log="x")], self.title, path)
