@@ -20,6 +20,8 @@ import os
 import pathlib
 import time
 
+import shared  # noqa: F401  for its plain errors
+
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras

@@ -13,6 +13,8 @@ import argparse
 import os
 import pathlib
 
+import shared
+
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
@@ -22,6 +24,7 @@ import llmfound
 from llmfound import convert, data, models, training
 
 HERE = pathlib.Path(__file__).parent
+shared.interrupted = shared.GOES_ON
 
 
 def documents(options):
@@ -73,8 +76,8 @@ def main(options):
     print(batches)
     causal = options.objective == "left_to_right"
     bert = models.BERT(
-        tokenizer.vocab_size, options.layers, options.hidden_dim, options.hidden_dim // 64, 4 * options.hidden_dim,
-        dropout=options.dropout, attention_dropout=options.dropout, causal=causal,
+        tokenizer.vocab_size, options.layers, options.hidden_dim, max(options.hidden_dim // 64, 1),
+        4 * options.hidden_dim, dropout=options.dropout, attention_dropout=options.dropout, causal=causal,
     )  # fmt: skip
     model = models.BERTPretraining(bert, next_sentence=not options.no_next_sentence)
     print(f"{model.count_params():,} parameters, {llmfound.kernels.fast_matmul()} matrix products")

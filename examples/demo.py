@@ -4,13 +4,16 @@
     KERAS_BACKEND=torch python examples/demo.py         # the same on PyTorch, or =tensorflow
 
 160,000 sentence pairs from Tatoeba ship with the repository (examples/data). The model, its tokenizer and a picture of
-its attention are left in runs/demo-BACKEND; examples/translate.py uses them, on any backend.
+its attention are left in runs/demo-BACKEND; examples/translate.py uses them, on any backend. Ctrl-C ends the training
+early, and the model is kept as it is.
 """
 
 import argparse
 import os
 import pathlib
 import time
+
+import shared
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -25,8 +28,8 @@ def read(part):
     return llmfound.data.read_pairs(HERE / "data" / f"eng-fra.{part}.tsv.xz")
 
 
-def train(pairs, minutes, seed):
-    """The model and its tokenizer after so many minutes."""
+def train(pairs, budget, seed):
+    """The model and its tokenizer after the time of the budget."""
     keras.utils.set_random_seed(seed)
     tokenizer = llmfound.data.Tokenizer.train([text for pair in pairs for text in pair], vocab_size=4000)
     batches = llmfound.data.TranslationBatches(
@@ -43,9 +46,9 @@ def train(pairs, minutes, seed):
         llmfound.training.SmoothedCrossEntropy(0.1),
         metrics=[llmfound.training.Perplexity()],
     )
-    budget = llmfound.training.TimeBudget(minutes, peak=1.5e-3, warmup_steps=200)
     progress = llmfound.training.Progress(batches, budget)
-    model.fit(batches, epochs=1000, shuffle=False, verbose=0, callbacks=[budget, progress])
+    callbacks = [budget, progress, shared.stop_on_interrupt(model)]
+    model.fit(batches, epochs=1000, shuffle=False, verbose=0, callbacks=callbacks)
     return model, tokenizer
 
 
@@ -56,7 +59,7 @@ def translate(model, tokenizer, sources, beam_size):
 
 
 def show(model, tokenizer, pairs, folder):
-    """Prints BLEU and examples, draws the attention of one sentence, and saves everything."""
+    """Prints BLEU and examples, and draws the attention of one sentence."""
     sources, references = zip(*pairs)
     greedy, seconds = translate(model, tokenizer, sources, beam_size=1)
     print(f"\ngreedy  {llmfound.training.bleu(greedy, references)}   {len(pairs) / seconds:.0f} sentences/s")
@@ -65,11 +68,8 @@ def show(model, tokenizer, pairs, folder):
     step = len(pairs) // 12
     for source, reference, short, wide in list(zip(sources, references, greedy, beam))[::step][:12]:
         print(f"source     {source}\nreference  {reference}\ngreedy     {short}\nbeam 4     {wide}\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save(folder / "model.keras")
-    tokenizer.save(folder / "tokenizer.json")
     draw(model, tokenizer, "I don't know what he wants to buy for his sister.", folder / "attention.png")
-    print(f"saved {', '.join(str(folder / name) for name in ('model.keras', 'tokenizer.json', 'attention.png'))}")
+    print(f"saved {folder / 'attention.png'}")
 
 
 def draw(model, tokenizer, sentence, path):
@@ -87,6 +87,13 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, default=None, help="where to save (default runs/demo-BACKEND)")
     options = parser.parse_args()
-    model, tokenizer = train(read("train"), options.minutes, options.seed)
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be positive; got {options.minutes:g}")
     folder = options.folder or pathlib.Path("runs") / f"demo-{keras.backend.backend()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    budget = llmfound.training.TimeBudget(options.minutes, peak=1.5e-3, warmup_steps=200)
+    model, tokenizer = train(read("train"), budget, options.seed)
+    model.save(folder / "model.keras")
+    tokenizer.save(folder / "tokenizer.json")
+    print(f"saved {folder / 'model.keras'} and {folder / 'tokenizer.json'}", flush=True)
     show(model, tokenizer, read("test"), folder)

@@ -7,13 +7,15 @@
 
 The model, its tokenizers, what it scores by source length, and a picture of its alignment are left in runs/MODEL, or
 --folder; --load takes them from there instead of training. With --against, figure 2 of the paper is drawn, BLEU over
-source length, from those runs and this one.
+source length, from those runs and this one. Ctrl-C ends the training early, and the model is kept as it is.
 """
 
 import argparse
 import json
 import os
 import pathlib
+
+import shared
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -55,7 +57,8 @@ def train(pairs, source, target, options):
     )
     budget = llmfound.training.TimeBudget(options.minutes, peak=options.rate, warmup_steps=400)
     progress = llmfound.training.Progress(batches, budget)
-    model.fit(batches, epochs=1000, shuffle=False, verbose=0, callbacks=[budget, progress])
+    callbacks = [budget, progress, shared.stop_on_interrupt(model)]
+    model.fit(batches, epochs=1000, shuffle=False, verbose=0, callbacks=callbacks)
     return model
 
 
@@ -88,7 +91,6 @@ def draw(model, source, target, sentence, path):
 
 
 def save(model, source, target, folder):
-    folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / "model.keras")
     source.save(folder / "source.json")
     target.save(folder / "target.json")
@@ -100,11 +102,12 @@ def load(folder):
 
 
 def main(options):
-    test = read("test", options.test)
     if options.load:
         model, source, target = load(options.folder)
+        test = read("test", options.test)
     else:
-        pairs = read("train", options.train)
+        options.folder.mkdir(parents=True, exist_ok=True)
+        pairs, test = read("train", options.train), read("test", options.test)
         source, target = make_tokenizers(pairs, options)
         model = train(pairs, source, target, options)
         save(model, source, target, options.folder)
@@ -147,5 +150,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if not options.load and bool(options.train) != bool(options.test):
         parser.error("--train and --test go together")
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be positive; got {options.minutes:g}")
     options.folder = options.folder or pathlib.Path("runs") / options.model
     main(options)

@@ -14,12 +14,16 @@ import json
 import os
 import pathlib
 
+import shared
+
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
 import numpy as np
 
 from llmfound import data, decoding, kernels, models, plots, training
+
+shared.interrupted = shared.GOES_ON
 
 
 def train(pairs, valid, tokenizer, options):
@@ -33,8 +37,11 @@ def train(pairs, valid, tokenizer, options):
     )  # fmt: skip
     steps = options.epochs * len(batches)
     print(f"{model.count_params():,} parameters, {steps:,} steps, {kernels.fast_matmul()} matrix products", flush=True)
+    warmup = min(options.warmup, steps // 2)
+    if warmup < options.warmup:
+        print(f"the rate rises for {warmup:,} steps instead of {options.warmup:,}, half of all", flush=True)
     model.compile(
-        training.Adam(training.LinearWarmupDecay(options.rate, options.warmup, steps), beta_2=0.98, epsilon=1e-9),
+        training.Adam(training.LinearWarmupDecay(options.rate, warmup, steps), beta_2=0.98, epsilon=1e-9),
         training.SmoothedCrossEntropy(0.1),
         metrics=[training.Perplexity()],
     )
@@ -95,7 +102,7 @@ if __name__ == "__main__":
     parser.add_argument("--intermediate-dim", type=int, default=256)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--rate", type=float, default=3e-3, help="greatest learning rate (default 3e-3)")
-    parser.add_argument("--warmup", type=int, default=1000, help="steps until then (default 1000)")
+    parser.add_argument("--warmup", type=int, default=1000, help="steps until then, at most half of all (default 1000)")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--max-length", type=int, default=80, help="longer sentences are left out of the training")
     parser.add_argument("--every", type=int, default=200, help="steps from one checkpoint to the next (default 200)")

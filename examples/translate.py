@@ -11,6 +11,8 @@ import os
 import pathlib
 import sys
 
+import shared  # noqa: F401  for its plain errors
+
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
@@ -24,6 +26,8 @@ if __name__ == "__main__":
     parser.add_argument("--beam-size", type=int, default=4)
     options = parser.parse_args()
     path = options.model / "model.keras" if options.model.is_dir() else options.model
+    if not path.is_file():
+        parser.error(f"there is no folder with model.keras, and no .keras file, {options.model}")
     model = keras.saving.load_model(path, compile=False)
     tokenizer = llmfound.data.Tokenizer.load(path.with_name("tokenizer.json"))
     sentences = options.sentences or [line.rstrip("\n") for line in sys.stdin]

@@ -13,6 +13,8 @@ import json
 import os
 import pathlib
 
+import shared
+
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
@@ -22,15 +24,18 @@ import llmfound
 from llmfound import data, models, training
 
 HERE = pathlib.Path(__file__).parent
+shared.interrupted = "The stages that were finished are kept; --general FOLDER/general takes the first of them."
 DROPOUTS = dict(input_dropout=0.4, hidden_dropout=0.3, output_dropout=0.4, embedding_dropout=0.05, weight_dropout=0.5)
 SMALL = dict(embedding_dim=200, hidden_dim=400)
 PAPER = dict(embedding_dim=400, hidden_dim=1150)
 BETAS = dict(beta_1=0.7, beta_2=0.99)  # Howard and Ruder 2018, section 4.1
 WRITERS = ("Carroll", "Doyle", "Austen")
+GENERAL = "tatoeba", "wikitext2"  # texts for stage 1
 
 
 def general_texts(name, folder):
     """Texts for stage 1, without classes."""
+    print(f"general text: {name}")
     if name == "wikitext2":
         return [line for line in data.wikitext2("train", folder) if line]
     return [english for english, _ in data.read_pairs(HERE / "data" / "eng-fra.train.tsv.xz")]
@@ -105,7 +110,8 @@ def main(options):
     result = {"task": options.task}
 
     print("\nStage 1, a language model of general text")
-    if pathlib.Path(options.general).is_dir():
+    if options.general not in GENERAL:
+        print(f"taken from {options.general}")
         lm = keras.models.load_model(pathlib.Path(options.general, "model.keras"))
         general = data.WordTokenizer.load(pathlib.Path(options.general, "words.json"))
     else:
@@ -152,10 +158,21 @@ def save(model, tokenizer, folder):
     tokenizer.save(folder / "words.json")
 
 
+def text_or_folder(name):
+    """A value of --general."""
+    if name not in GENERAL and not all(pathlib.Path(name, file).is_file() for file in ("model.keras", "words.json")):
+        raise argparse.ArgumentTypeError(
+            f"must be {', '.join(GENERAL)}, or a folder of an earlier stage 1, with model.keras and words.json; "
+            f"got {name!r}"
+        )
+    return name
+
+
 def parser(description=__doc__):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=["writers", "trec", "imdb"], default="writers")
-    parser.add_argument("--general", default="tatoeba", help="tatoeba, wikitext2, or a folder of an earlier stage 1")
+    parser.add_argument("--general", type=text_or_folder, default="tatoeba",
+                        help="tatoeba, wikitext2, or a folder of an earlier stage 1")  # fmt: skip
     parser.add_argument("--data", help="folder of the public sets; else the environment variable LLMFOUND_DATA")
     parser.add_argument("--paper", action="store_true", help="the paper's sizes, 400 and 1150, in place of 200 and 400")
     parser.add_argument("--vocabulary", type=int, default=20_000, help="most frequent words that are kept")

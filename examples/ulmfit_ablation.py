@@ -5,9 +5,9 @@
 
 For each row and number of labels, the learning rate is that of --rates with which a run of seed 3 errs least on
 labelled texts of the training part that nothing trained on; then come --seeds runs, each with other texts, other first
-weights and another language model of the task, and the mean of their errors on the test part with its 95 % interval.
-Stage 1 is run once. Runs that are in FOLDER/runs.jsonl already are not repeated, so an interrupted table goes on when
-started again. The table is left in FOLDER/table.md.
+weights and another language model of the task, and the mean of their errors on the test part with its 95 % interval,
+or with both errors if there are two. Stage 1 is run once. Runs that are in FOLDER/runs.jsonl already are not repeated,
+so an interrupted table goes on when started again. The table is left in FOLDER/table.md.
 """
 
 import copy
@@ -16,8 +16,11 @@ import json
 import pathlib
 
 import ulmfit
-from ulmfit import data, keras, language_model, llmfound, models, np, training
+from ulmfit import data, keras, language_model, llmfound, models, np, shared
 
+from llmfound.reproduce.figure import cell
+
+shared.interrupted = shared.GOES_ON
 CHOOSING = 3  # seed of the runs by which rates are chosen
 NONE = dict(decay=1.0, slanted=False, gradual=False)
 ROWS = {  # name: the language model it begins with, and how the classifier is trained
@@ -37,7 +40,8 @@ ROWS = {  # name: the language model it begins with, and how the classifier is t
 
 def start(folder, options):
     """Stage 1's model and words, from an earlier run or made here."""
-    if pathlib.Path(options.general).is_dir():
+    if options.general not in ulmfit.GENERAL:
+        print(f"stage 1 is taken from {options.general}")
         folder = pathlib.Path(options.general)
     elif not (folder / "words.json").exists():
         texts = ulmfit.general_texts(options.general, options.data)[: options.general_texts]
@@ -124,8 +128,7 @@ def main(options):
     for count, row in itertools.product(options.few, options.rows):
         rate = runs.rate(row, count)
         errors = [100 * runs.error(row, count, seed, rate, "test") for seed in range(options.seeds)]
-        mean, low, _ = training.mean_interval(errors)
-        cells[row, count] = f"{mean:.1f} ± {mean - low:.1f} | {rate:g}"
+        cells[row, count] = f"{cell(errors)} | {rate:g}"
     for row in options.rows:
         lines.append(f"| {row} | {' | '.join(cells[row, count] for count in options.few)} |")
     table = "\n".join(lines)

@@ -3,10 +3,12 @@
 import importlib.util
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 
 import llmfound
@@ -15,12 +17,82 @@ ROOT = pathlib.Path(__file__).parents[1]
 BACKENDS = {"jax": "jax", "tensorflow": "tensorflow", "torch": "torch"}  # backend: the package it needs
 
 
-def run(backend, script, *arguments):
-    environment = {**os.environ, "KERAS_BACKEND": backend}
+def start(backend, script, *arguments, cwd=ROOT):
+    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "examples" / script, *arguments]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd)
+
+
+def run(backend, script, *arguments):
+    found = start(backend, script, *arguments)
     assert found.returncode == 0, found.stderr
     return found.stdout
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the import replaces
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    yield importlib.import_module("shared")
+    sys.modules.pop("shared")
+
+
+def test_common_errors_are_one_sentence(shared, capsys, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setattr(sys, "argv", ["examples/demo.py"])
+    monkeypatch.setattr(shared, "interrupted", shared.GOES_ON)
+    monkeypatch.setattr(os, "_exit", lambda status: print(status))
+    for error, text in (
+        (KeyboardInterrupt(), f"\nInterrupted. {shared.GOES_ON}\n"),
+        (FileNotFoundError(2, "No such file", "nope"), "demo.py: error: [Errno 2] No such file: 'nope'\n"),
+        (ModuleNotFoundError(name="jax"),
+         'jax is not installed: pip install ".[jax]", or change KERAS_BACKEND, which is jax.\n'),
+    ):  # fmt: skip
+        shared.show_error(type(error), error, None)
+        shown = capsys.readouterr()
+        assert shown.err == text and shown.out == "130\n" * isinstance(error, KeyboardInterrupt)
+    monkeypatch.delenv("LLMFOUND_DATA", raising=False)
+    for read, lines in ((llmfound.data.trec, {1}), (int, {4, 5})):  # what is no common error is shown in full
+        try:
+            read("train")
+        except ValueError as error:
+            shared.show_error(ValueError, error, error.__traceback__)
+        assert capsys.readouterr().err.count("\n") in lines
+
+
+def test_training_can_be_ended_early(shared):
+    class CtrlC(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x = np.ones((80, 2), "float32")
+    callbacks = [shared.stop_on_interrupt(model), CtrlC()]
+    history = model.fit(x, x[:, :1], batch_size=8, epochs=3, verbose=0, callbacks=callbacks)
+    assert len(history.epoch) == 1 and model.optimizer.iterations == 3 and model.predict(x, verbose=0).shape == (80, 1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+@pytest.mark.on_one_backend
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("demo.py --minutes -1", "demo.py: error: --minutes must be positive; got -1"),
+        ("demo.py --folder file/out", "demo.py: error: [Errno 20] Not a directory: 'file/out'"),
+        ("translate.py nope", "translate.py: error: there is no folder with model.keras, and no .keras file, nope"),
+        ("rnnsearch.py --train nope.en nope.de --test a b", "error: [Errno 2] No such file or directory: 'nope.en'"),
+        ("ulmfit.py --general wikitext-2", "--general: must be tatoeba, wikitext2, or a folder of an earlier stage 1"),
+        ("ulmfit_ablation.py --general .", "--general: must be tatoeba, wikitext2, or a folder of an earlier stage 1"),
+    ],
+)
+def test_a_mistake_is_told_at_once(command, message, tmp_path):
+    (tmp_path / "file").touch()
+    found = start("torch", *command.split(), cwd=tmp_path)
+    assert found.returncode in (1, 2) and message in found.stderr.splitlines()[-1]
+    assert "Traceback" not in found.stderr
 
 
 @pytest.mark.slow
@@ -46,6 +118,7 @@ def test_ulmfit_runs_its_three_stages(tmp_path):
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"general", "task", "classifier", "result.json"}
     again = run(keras.backend.backend(), "ulmfit.py", "--general", str(tmp_path / "a" / "general"), "--folder",
                 str(tmp_path / "b"), *options)  # fmt: skip
+    assert "general text: tatoeba" in shown and f"taken from {tmp_path / 'a' / 'general'}" in again
     assert "Stage 3" in again and not (tmp_path / "b" / "general").exists()
 
 
@@ -67,7 +140,7 @@ def test_the_ablation_of_ulmfit_goes_on_where_it_stopped(tmp_path):
 def test_bert_is_pretrained_and_fine_tuned_and_transformers_reads_both(tmp_path):
     transformers = pytest.importorskip("transformers")
     here, made = keras.backend.backend(), tmp_path / "made"
-    sizes = "--vocabulary", "1000", "--layers", "1", "--hidden-dim", "64", "--max-length", "32", "--epochs", "2"
+    sizes = "--vocabulary", "1000", "--layers", "1", "--hidden-dim", "32", "--max-length", "32", "--epochs", "2"
     shown = run(here, "bert_pretrain.py", "--folder", str(made), *sizes)
     assert "held-out documents: " in shown and "next_sentence_accuracy" in shown and shown.count(": ") > 10
     again = run(here, "bert_pretrain.py", "--folder", str(made), *sizes)
@@ -112,9 +185,10 @@ def test_a_transformer_of_a_small_set_goes_on_where_it_was_stopped(tmp_path):
         (tmp_path / name).write_text("\n".join(side) + "\n", "utf-8")
     files = [str(tmp_path / name) for name in ("en", "fr")]
     options = ["--train", *files, "--valid", *files, "--test", *files, "--folder", str(tmp_path / "out"),
-               "--vocabulary", "300", "--layers", "1", "--warmup", "2", "--beam", "2", "--batch-tokens", "800",
+               "--vocabulary", "300", "--layers", "1", "--warmup", "1000", "--beam", "2", "--batch-tokens", "800",
                "--epochs", "2"]  # fmt: skip
     shown = run(keras.backend.backend(), "transformer.py", *options)
+    assert "steps instead of 1,000, half of all" in shown
     assert "beam 1: BLEU" in shown and "beam 2: BLEU" in shown and shown.count("\ntranslation  ") >= 6
     found = {path.name for path in (tmp_path / "out").iterdir()}
     assert found == {"checkpoints", "model.keras", "tokenizer.json", "result.json", "heads.png"}
