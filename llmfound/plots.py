@@ -408,7 +408,7 @@ def _figure(width, height, rows=1, columns=1, **options):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install llmfound[plots]") from error
+        raise ImportError('Plots need matplotlib: pip install ".[plots]" in a clone of llmfound.') from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)

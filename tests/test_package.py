@@ -233,6 +233,5 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     wheel = json.loads(process.stdout.splitlines()[-1])
     assert wheel == f"llmfound-{llmfound.__version__}-py3-none-any.whl"
     shipped = {name for name in zipfile.ZipFile(tmp_path / wheel).namelist() if ".dist-info/" not in name}
-    assert shipped == {
-        str(path.relative_to(ROOT)) for path in (ROOT / "llmfound").rglob("*") if path.suffix in (".py", ".typed")
-    }
+    kept = (".py", ".typed", ".html")
+    assert shipped == {str(p.relative_to(ROOT)) for p in (ROOT / "llmfound").rglob("*") if p.suffix in kept}

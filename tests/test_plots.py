@@ -219,7 +219,7 @@ def test_bad_weights_of_heads(found, message):
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"Plots need matplotlib: pip install llmfound\[plots\]"):
+    with pytest.raises(ImportError, match=r"Plots need matplotlib: pip install \"\.\[plots\]\""):
         plots.alignment(weights(1, 1), ["a"], ["b"])
 
 

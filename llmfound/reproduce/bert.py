@@ -73,8 +73,8 @@ class Objectives(Figure):
 
     def draw(self, results, path):
         tasks = results.settings["tasks"]
-        groups = {run["objective"]: [results.percent(task, **run) for task in tasks] for run in results.runs}
-        plots.bars(groups, tasks, "score, %", self.title, path)
+        groups = {run["objective"]: [results.interval(task, **run) for task in tasks] for run in results.runs}
+        plots.bars(groups, tasks, "score, %", self.title, path, within=(0, 100))
 
     def cost(self, settings):
         return 2 * _cost(settings)
@@ -151,8 +151,8 @@ class Masking(Figure):
 
     def draw(self, results, path):
         labels = ["/".join(map(str, run.values())) for run in results.runs]
-        groups = {name: [results.percent(name, **run) for run in results.runs] for name in ("fine-tuned", "features")}
-        plots.bars(groups, labels, "score, %", self.title, path)
+        groups = {name: [results.interval(name, **run) for run in results.runs] for name in ("fine-tuned", "features")}
+        plots.bars(groups, labels, "score, %", self.title, path, within=(0, 100))
 
     def cost(self, settings):
         return len(settings["rows"]) * _cost(settings)

@@ -156,10 +156,6 @@ class Results:
         """Mean, low and high end of a number over the seeds, each float (...), as `spread` gives them."""
         return spread(self.of(name, **run))
 
-    def percent(self, name, **run):
-        """The interval of a percentage, of which no end lies beyond 0 or 100."""
-        return tuple(np.clip(end, 0, 100) for end in self.interval(name, **run))
-
     def cell(self, name, run):
         """The mean and the interval, as text; empty for a run without this number."""
         values = self.of(name, **run)

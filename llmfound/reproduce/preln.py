@@ -258,4 +258,4 @@ class WarmUp(Figure):
         for run in results.runs:
             warmup = f"warm-up of {run['warm-up']} steps" if run["warm-up"] > 1 else "no warm-up"
             series[f"{NAMES[run['norm']]}, {warmup}"] = (steps, *results.interval("losses", **run))
-        plots.lines([plots.Panel("", "step", "validation loss", series)], self.title, path)
+        plots.lines([plots.Panel("", "step", "validation loss", series)], self.title, path, within=(0, None))

@@ -135,7 +135,8 @@ class Heads(Figure):
     }
     SENTENCES = 64
     NEAR = range(-3, 4)  # places around a query
-    PLACES = {-3: "3 before", -2: "2 before", -1: "the one before", 0: "the same", 1: "the next", 2: "2 on", 3: "3 on"}
+    PLACES = {-3: "three before", -2: "two before", -1: "one before", 0: "the same place", 1: "one after",
+              2: "two after", 3: "three after"}  # fmt: skip
 
     def runs(self, settings):
         return [{"heads": "at the start"}, {"heads": "trained"}]
@@ -192,7 +193,7 @@ class Heads(Figure):
         names = "weights", "queries", "keys", "places", "shares"
         weights, queries, keys, places, shares = (results.all(name, heads="trained")[0] for name in names)
         titles = [
-            [f"{self.PLACES[place]} {100 * share:.0f} %" if share > 0.4 else "" for place, share in zip(*layer)]
+            [f"{share:.0%} on {self.PLACES[place]}" if share > 0.4 else "" for place, share in zip(*layer)]
             for layer in zip(places, shares)
         ]
         plots.heads(weights, queries, keys, titles, self.title, path)

@@ -158,8 +158,9 @@ class Ablation(_FineTuned):
 
     def draw(self, results, path):
         rows = results.settings["rows"]
-        errors = [results.percent("error, %", row=row) for row in rows]
-        plots.bars({"error": errors}, [row.replace(" + ", "\n+ ") for row in rows], "error, %", self.title, path)
+        errors = [results.interval("error, %", row=row) for row in rows]
+        labels = [row.replace(" + ", "\n+ ") for row in rows]
+        plots.bars({"error": errors}, labels, "error, %", self.title, path, within=(0, 100))
 
     def cost(self, settings):
         return self.cost_of(settings, len(settings["rows"]) * len(settings["rates"]) * settings["labels"])
@@ -213,17 +214,17 @@ class LowShot(_FineTuned):
         return [
             (f"Pre-training errs less at every number of labels (by {ahead.min():.1f} to {ahead.max():.1f} points)",
              ahead.min()),
-            (f"{reference} labels match {more}{match:.0f} from scratch, {match / reference:.1f} times as many (at "
-             "least twice; the paper has 10 times and more on larger sets)", match - 2 * reference),
+            (f"{reference} labels match {more}{match:.0f} from scratch, {match / reference:.1f} times as many (more "
+             "than twice; the paper has 10 times and more on larger sets)", match - 2 * reference),
         ]  # fmt: skip
 
     def draw(self, results, path):
         counts = results.settings["counts"]
         series = {
-            start: (counts, *zip(*(results.percent("error, %", start=start, labels=n) for n in counts)))
+            start: (counts, *zip(*(results.interval("error, %", start=start, labels=n) for n in counts)))
             for start in STARTS
         }
-        plots.lines([plots.Panel("", "labels", "error, %", series, log="x")], self.title, path)
+        plots.lines([plots.Panel("", "labels", "error, %", series, log="x")], self.title, path, within=(0, 100))
 
     def cost(self, settings):
         return self.cost_of(settings, 2 * sum(settings["counts"]))
