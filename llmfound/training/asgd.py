@@ -12,7 +12,8 @@ class ASGD(keras.optimizers.SGD):
     """Stochastic gradient descent, and from some step on the mean of the weights that it passes through.
 
     After step k >= T:  mean = 1 / (k - T + 1) sum_{i=T..k} w_i. Steps go on from w; `swap` puts the mean in its place,
-    and so does the end of `fit`.
+    and so does the end of `fit`. With `gradient_accumulation_steps`, a step is an update. Weight decay goes with the
+    rate that WindowRates scales.
     Source: Polyak and Juditsky 1992; Merity, Keskar, Socher 2018, section 3.
 
     Args:
@@ -27,22 +28,28 @@ class ASGD(keras.optimizers.SGD):
         self.averaging = self.add_variable((), "ones" if average else "zeros", name="averaging")
         self.averaged_steps = self.add_variable((), "zeros", name="averaged_steps")
         self.scale = self.add_variable((), "ones", name="scale")
-        self._swapped = False
+        self._swapped = self.add_variable((), "zeros", name="swapped")
 
     @property
     def averages(self):
         """Whether the weights are averaged, and there is a step to average."""
         return bool(ops.convert_to_numpy(self.averaging)) and bool(ops.convert_to_numpy(self.averaged_steps))
 
+    @property
+    def swapped(self):
+        """Whether weights and means are exchanged now; files know it, too."""
+        return bool(ops.convert_to_numpy(self._swapped))
+
     def start_averaging(self):
-        """Averages the weights from the next step on."""
-        self.averaging.assign(1.0)
-        self.averaged_steps.assign(0.0)
+        """Averages the weights from the next step on; if they are averaged already, the mean goes on."""
+        if not ops.convert_to_numpy(self.averaging):
+            self.averaging.assign(1.0)
+            self.averaged_steps.assign(0.0)
 
     def swap(self):
         """Exchanges weights and means; a second call exchanges them back. Nothing happens while nothing is averaged."""
         if self.averages:
-            self._swapped = not self._swapped
+            self._swapped.assign(1.0 - self._swapped)
             for variable, mean in zip(self._trainable_variables, self._means):
                 weights = np.array(ops.convert_to_numpy(variable))  # a copy: PyTorch would give its own memory
                 variable.assign(mean)
@@ -55,8 +62,17 @@ class ASGD(keras.optimizers.SGD):
         self._means = self.add_optimizer_variables(variables, "mean")
 
     def apply(self, grads, trainable_variables=None):
-        self.averaged_steps.assign_add(self.averaging)
+        updates = (self._iterations + 1) % (self.gradient_accumulation_steps or 1) == 0
+        self.averaged_steps.assign_add(self.averaging * ops.cast(updates, "float32"))
         super().apply(grads, trainable_variables)
+
+    def _apply_weight_decay(self, variables):
+        if self.weight_decay is None:
+            return
+        for variable in variables:
+            if self._use_weight_decay(variable):
+                rate = ops.cast(self.learning_rate * self.scale * self.weight_decay, variable.dtype)
+                variable.assign(variable - variable * rate)
 
     def update_step(self, gradient, variable, learning_rate):
         super().update_step(gradient, variable, learning_rate * self.scale)
@@ -66,10 +82,12 @@ class ASGD(keras.optimizers.SGD):
         self.assign(mean, ops.add(mean, difference))
 
     def finalize_variable_values(self, var_list):
-        super().finalize_variable_values(var_list)
         if self.averaging._value is None:  # on JAX, after an error in a step, which is the one to be seen
             return
-        if self.averages and not self._swapped:
+        if self.swapped:
+            self.swap()
+        super().finalize_variable_values(var_list)
+        if self.averages:
             for variable, mean in zip(self._trainable_variables, self._means):
                 variable.assign(np.array(ops.convert_to_numpy(mean)))  # JAX donates memory: the two must not share it
 
@@ -81,8 +99,9 @@ class NonMonotonicTrigger(keras.callbacks.Callback):
     """Begins to average once the validation loss has not got better for some epochs (NT-ASGD).
 
     Fires after the first epoch whose loss is greater than the least of all before the last n. From then on validation
-    sees the mean of the weights. Source: Merity, Keskar, Socher 2018, section 3, algorithm 1, in the form of the
-    authors' code.
+    sees the mean of the weights, and the model has it until the next epoch begins: what ModelCheckpoint and
+    EarlyStopping keep is what was validated. Source: Merity, Keskar, Socher 2018, section 3, algorithm 1, in the form
+    of the authors' code.
 
     Args:
         n: int, epochs that are not compared with; 5 in the paper.
@@ -110,13 +129,18 @@ class NonMonotonicTrigger(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.fired = None
         self.values = []
-        optimizer_with(self.model, "start_averaging", "NonMonotonicTrigger")
+        self._show(means=False)  # after a validation that was interrupted
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._show(means=False)
 
     def on_test_begin(self, logs=None):
-        self.model.optimizer.swap()
+        self._show(means=True)
 
-    def on_test_end(self, logs=None):
-        self.model.optimizer.swap()
+    def _show(self, means):
+        optimizer = optimizer_with(self.model, "start_averaging", "NonMonotonicTrigger")
+        if optimizer.swapped != means:
+            optimizer.swap()
 
     def on_epoch_end(self, epoch, logs=None):
         value = (logs or {}).get(self.monitor)
@@ -127,7 +151,7 @@ class NonMonotonicTrigger(keras.callbacks.Callback):
             if self.stop:
                 self.model.stop_training = True
             else:
-                self.model.optimizer.start_averaging()
+                optimizer_with(self.model, "start_averaging", "NonMonotonicTrigger").start_averaging()
             if self.verbose:
                 print(f"epoch {epoch + 1}: {'stops' if self.stop else 'averages the weights from here on'}", flush=True)
         self.values.append(float(value))

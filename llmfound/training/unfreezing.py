@@ -13,7 +13,9 @@ class GradualUnfreezing(keras.callbacks.Callback):
         epoch 2: training lstm_3 at 3.85e-03 and head at 1.00e-02; waiting: embedding, lstm_1, lstm_2
 
     The rates shown are the greatest that the optimizer's schedule has, if it tells its peak, and those of the first
-    step else. All groups train after the last epoch, so that nothing stays frozen.
+    step else. All groups train after the last epoch, so that nothing stays frozen. A `fit` that is interrupted leaves
+    them as they are: call `optimizer.train(range(len(optimizer.ratios)))`, or compile with a new optimizer, before one
+    without this callback.
     Source: Howard and Ruder 2018, section 3.3.
 
     Args:
@@ -88,16 +90,29 @@ class WindowRates(keras.callbacks.Callback):
         batches: LanguageModelBatches of the same `fit`, with shuffle=False.
 
     Raises:
-        ValueError: in `fit`, if the optimizer is neither ASGD nor one with groups of layers.
+        ValueError: in `fit`, if the optimizer is neither ASGD nor one with groups of layers, or steps_per_execution is
+            not 1.
     """
 
     def __init__(self, batches):
         super().__init__()
         self.batches = batches
 
+    def on_train_begin(self, logs=None):
+        optimizer_with(self.model, "scale", "WindowRates")
+        if self.model.steps_per_execution != 1:
+            raise ValueError(
+                f"WindowRates needs steps_per_execution=1; got {self.model.steps_per_execution}, of which each step "
+                "would have the rate of the first."
+            )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.lengths = self.batches.lengths  # made anew at each look
+
     def on_train_batch_begin(self, batch, logs=None):
-        optimizer = optimizer_with(self.model, "scale", "WindowRates")
-        optimizer.scale.assign(self.batches.lengths[batch] / self.batches.window)
+        if batch < len(self.lengths):  # else there is no such step: Keras expects as many as in the first epoch
+            optimizer = optimizer_with(self.model, "scale", "WindowRates")
+            optimizer.scale.assign(self.lengths[batch] / self.batches.window)
 
     def on_train_end(self, logs=None):
         optimizer_with(self.model, "scale", "WindowRates").scale.assign(1.0)

@@ -7,7 +7,7 @@ from keras import layers, ops
 
 from llmfound.data import LanguageModelBatches
 from llmfound.testing import assert_close
-from llmfound.training import ASGD, NonMonotonicTrigger, WindowRates
+from llmfound.training import ASGD, Checkpoints, NonMonotonicTrigger, WindowRates
 
 
 def numpy(x):
@@ -23,9 +23,10 @@ def walk(optimizer, targets):
     return variable
 
 
-def test_check_8_the_mean_of_the_iterates():
-    optimizer = ASGD(1.0, average=True)
-    variable = walk(optimizer, [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_check_8_the_mean_of_the_iterates(accumulation):
+    optimizer = ASGD(1.0, average=True, gradient_accumulation_steps=accumulation)
+    variable = walk(optimizer, [target for target in (1.0, 2.0, 3.0) for _ in range(accumulation or 1)])
     assert_close(variable, np.full(2, 3.0), 1e-6)
     optimizer.swap()
     assert_close(variable, np.full(2, 2.0), 1e-6)
@@ -46,6 +47,24 @@ def test_averaging_from_some_step_on():
         optimizer.apply([variable - target], [variable])
     optimizer.swap()
     assert_close(variable, np.full(2, 6.0), 1e-6)
+
+
+def test_averaging_begins_once():
+    optimizer = ASGD(1.0, average=True)
+    variable = walk(optimizer, [1.0, 2.0])
+    optimizer.start_averaging()
+    optimizer.apply([variable - 3.0], [variable])
+    optimizer.swap()
+    assert_close(variable, np.full(2, 2.0), 1e-6)
+
+
+def test_weight_decay_goes_with_the_scale():
+    optimizer = ASGD(1.0, weight_decay=0.1)
+    variable = keras.Variable(np.ones(2, "float32"), name="w")
+    optimizer.build([variable])
+    optimizer.scale.assign(0.5)
+    optimizer.apply([ops.zeros(2)], [variable])
+    assert_close(variable, np.full(2, 0.95), 1e-6)
 
 
 def fired(values, **options):
@@ -85,6 +104,80 @@ def test_in_fit_validation_sees_the_mean():
         mean = np.mean(seen[: 2 * epoch + 2])
         assert_close(history["val_loss"][epoch], np.mean((mean * x - y) ** 2), 1e-4)
     assert_close(model.get_weights()[0][0, 0], np.mean(seen), 1e-5)
+
+
+def noisy(wrapper=lambda optimizer: optimizer):
+    """A model whose weights never come to rest, with their mean from the first step on; and its data."""
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, "tanh"), layers.Dense(1)])
+    model.compile(wrapper(ASGD(1.0, average=True, momentum=0.9, clipnorm=1.0)), "mse")
+    return model, x, 2 * x[:, :1]
+
+
+def test_callbacks_keep_the_weights_that_were_validated(tmp_path):
+    model, x, y = noisy()
+    early = keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
+    whole = keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    history = model.fit(x, y, batch_size=4, epochs=8, validation_data=(x, y), verbose=0,
+                        callbacks=[early, whole, NonMonotonicTrigger(99)]).history  # fmt: skip
+    saved = keras.saving.load_model(tmp_path / "best.keras")
+    for kept in (model, saved):
+        assert_close(kept.evaluate(x, y, verbose=0), min(history["val_loss"]), 1e-5)
+    assert not model.optimizer.swapped and saved.optimizer.swapped
+    means = saved.get_weights()
+    saved.optimizer.finalize_variable_values(saved.trainable_weights)
+    assert_close(saved.get_weights(), means, 0)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_run_goes_on_from_its_checkpoint_exactly(tmp_path, batch):
+    """One that was written while the model had the means, as an epoch began, or within the epoch."""
+
+    class Crash(keras.callbacks.Callback):
+        def on_train_batch_begin(self, step, logs=None):
+            if self.model.optimizer.iterations == 4 + batch:
+                raise InterruptedError
+
+    def fit(folder, *callbacks):
+        model, x, y = noisy()
+        callbacks = [Checkpoints(tmp_path / folder, steps=1), NonMonotonicTrigger(99), *callbacks]
+        model.fit(x, y, batch_size=4, epochs=3, validation_data=(x, y), shuffle=False, verbose=0, callbacks=callbacks)
+        return model.get_weights()
+
+    with pytest.raises(InterruptedError):
+        fit("run", Crash())
+    with pytest.warns(UserWarning, match="without `data`"):
+        assert_close(fit("run"), fit("whole"), 0)
+
+
+def test_a_validation_that_is_interrupted():
+    model, x, y = noisy()
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            raise KeyboardInterrupt
+
+    class Look(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            assert not self.model.optimizer.swapped
+
+    trigger = NonMonotonicTrigger()
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(x, y, validation_data=(x, y), verbose=0, callbacks=[trigger, Interrupt()])
+    model.fit(x, y, validation_data=(x, y), verbose=0, callbacks=[trigger, Look()])
+
+
+def test_mixed_precision_wraps_the_optimizer():
+    model, x, y = noisy(lambda optimizer: keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0))
+    trigger = NonMonotonicTrigger(0, verbose=False)
+    trigger.set_model(model)
+    model.fit(x, y, validation_data=(x, y), epochs=2, verbose=0, callbacks=[trigger])
+    assert model.optimizer.inner_optimizer.averages
+    trigger.on_train_begin()
+    for epoch in range(2):
+        trigger.on_epoch_end(epoch, {"val_loss": float(epoch)})
+    assert trigger.fired == 1
 
 
 def test_the_trigger_begins_to_average_in_fit(capsys):
@@ -131,14 +224,16 @@ def test_check_7_a_window_learns_in_proportion_to_its_length():
 
     model = Mean()
     model.compile(ASGD(1.0), lambda y, p: p)
-    places, lengths = [0.0], batches.lengths
+    places, lengths = [0.0], []
+    for batches.epoch in (1, 0):  # the second has fewer windows
+        lengths = [*batches.lengths, *lengths]
 
     class Look(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             places.append(float(numpy(self.model.w)))
 
-    model.fit(batches, shuffle=False, verbose=0, callbacks=[WindowRates(batches), Look()])
-    assert_close(-np.diff(places), lengths / 20, 1e-5)
+    model.fit(batches, epochs=2, shuffle=False, verbose=0, callbacks=[WindowRates(batches), Look()])
+    assert_close(-np.diff(places), np.array(lengths) / 20, 1e-4)
     assert float(numpy(model.optimizer.scale)) == 1
 
 
@@ -154,4 +249,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="NonMonotonicTrigger needs ASGD; got Adam"):
         model.fit(x, x, verbose=0, callbacks=[NonMonotonicTrigger()])
     with pytest.raises(ValueError, match=r"WindowRates needs ASGD, or .*; got Adam"):
+        model.fit(x, x, verbose=0, callbacks=[WindowRates(None)])
+    model.compile(ASGD(0.1), "mse", steps_per_execution=4)
+    with pytest.raises(ValueError, match=r"WindowRates needs steps_per_execution=1; got 4|must be 1 with the PyTorch"):
         model.fit(x, x, verbose=0, callbacks=[WindowRates(None)])
