@@ -197,6 +197,16 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
             with self.distribute_strategy.scope():
                 optimizer.build(self.trainable_variables)
 
+    def make_train_function(self, force=False):
+        """As Keras; after `compile`, each trainable variable gets its gradient again.
+
+        On torch, a fit with GradualUnfreezing that was interrupted leaves some without.
+        """
+        if self.train_function is None:
+            for variable in self.trainable_variables:
+                kernels.differentiate(variable, True)
+        return super().make_train_function(force)
+
     def evaluate(self, x=None, *args, **kwargs):
         return super().evaluate(self._checked(x), *args, **kwargs)
 

@@ -18,7 +18,9 @@ class Discriminative:
     Clipping by the global norm is over all groups at once. Decoupled weight decay goes with the group's rate. A group
     whose rate is 0 keeps weights and moments bit for bit, does not count in the global norm, and does not count the
     step, so that Adam's bias correction begins when the group does. `train` sets which groups have a rate, between any
-    two steps, and no step is compiled anew for it.
+    two steps, and no step is compiled anew for it. Moments are what the optimizer makes for each variable with
+    `add_variable_from_reference`: the row and column statistics of Adafactor, made otherwise, move on in a group that
+    waits.
 
     It comes before an optimizer of Keras in a class of both, as in DiscriminativeAdam; so for others:
 
@@ -87,9 +89,11 @@ class Discriminative:
             groups: iterable of int, 0 being the lowest group, negative ones from the top.
 
         Raises:
-            ValueError: if there is no such group.
+            ValueError: if there is no such group, or none is named.
         """
         wanted = list(groups)
+        if not wanted:
+            raise ValueError("groups must name at least one group to train; got none.")
         if any(not -len(self.ratios) <= i < len(self.ratios) for i in wanted):
             raise ValueError(f"There are {len(self.ratios)} groups, 0 to {len(self.ratios) - 1}; got {wanted}.")
         on = np.zeros(len(self.ratios), "float32")
@@ -104,6 +108,8 @@ class Discriminative:
             return
         self._members = _Untracked(self._find_members(variables))
         super().build(variables)
+        for variable in variables:  # a fit with another optimizer may have been interrupted
+            kernels.differentiate(variable, True)
 
     def add_variable_from_reference(self, reference_variable, *args, **kwargs):
         variable = super().add_variable_from_reference(reference_variable, *args, **kwargs)
@@ -162,8 +168,11 @@ class Discriminative:
     def _find_members(self, variables):
         """The group of each variable, list of int."""
         found = {}  # path or place: groups
+        known = {variable.path for variable in variables}
         for i, group in enumerate(self._groups.value):
             for path in {path for item in group for path in _paths(item)}:
+                if isinstance(path, str) and path not in known:  # a loaded Sequential leaves its own name out
+                    path = path.partition("/")[2]
                 found.setdefault(path, []).append(i)
         members = [[*found.get(variable.path, []), *found.get(i, [])] for i, variable in enumerate(variables)]
         twice = {variable.path: groups for variable, groups in zip(variables, members) if len(groups) > 1}

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+from llmfound.base import Model
 from llmfound.testing import assert_close, fixture
 from llmfound.training import (
     ASGD,
@@ -256,6 +257,51 @@ def test_groups_are_saved_with_the_model(tmp_path):
     assert_close(other.get_weights(), model.get_weights(), 1e-6)
 
 
+def test_a_model_is_saved_before_its_first_step(tmp_path):
+    model, x, y = compiled()
+    model.save(tmp_path / "model.keras")
+    other = keras.saving.load_model(tmp_path / "model.keras")
+    for each in (model, other):
+        each.fit(x, y, verbose=0, shuffle=False)
+    assert_close(other.get_weights(), model.get_weights(), 1e-6)
+
+
+class Interrupt(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        raise KeyboardInterrupt
+
+
+class Ours(Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.a, self.b = layers.Embedding(5, 4, name="a"), layers.Dense(2, name="b")
+
+    def input_signature(self):
+        return {"ids": ()}
+
+    def call(self, inputs):
+        return self.b(self.a(inputs["ids"]))
+
+    def layer_groups(self):
+        return [[self.a], [self.b]]
+
+
+@pytest.mark.parametrize("then", [
+    lambda model: model.compile("sgd", "mse"),
+    lambda model: model.compile(DiscriminativeSGD(0.1, groups=model.layer_groups()), "mse"),
+    lambda model: model.optimizer.train([0, 1]),
+])  # fmt: skip
+def test_all_layers_train_after_a_fit_that_was_interrupted(then):
+    model, x, y = Ours(), {"ids": np.arange(4)}, np.ones((4, 2), "float32")
+    model.compile(DiscriminativeSGD(0.1, groups=model.layer_groups()), "mse")
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(x, y, verbose=0, callbacks=[GradualUnfreezing(verbose=False), Interrupt()])
+    then(model)
+    before = model.get_weights()
+    model.fit(x, y, verbose=0)
+    assert all((old != new).any() for old, new in zip(before, model.get_weights()))
+
+
 # Bad input
 
 
@@ -281,6 +327,8 @@ def test_groups_that_overlap_or_miss_a_variable():
 def test_groups_that_do_not_exist():
     with pytest.raises(ValueError, match=r"There are 2 groups, 0 to 1; got \[2\]"):
         DiscriminativeSGD(0.1, groups=[["a"], ["b"]]).train([2])
+    with pytest.raises(ValueError, match="at least one group to train; got none"):
+        DiscriminativeSGD(0.1, groups=[["a"], ["b"]]).train([])
 
 
 @pytest.mark.parametrize("optimizer", ["adam", ASGD(0.1)])
