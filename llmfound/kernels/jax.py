@@ -56,9 +56,10 @@ def _program(model, function, static):
 
 
 def loss_gradients(model, x, y=None, sample_weight=None):
-    """Compiled once for a model and the shapes of its batch."""
+    """Compiled once for a model, its loss and the shapes of its batch."""
     programs = _programs.setdefault(model, {})
-    if "loss_gradients" not in programs:
+    key = "loss_gradients", model._compile_loss  # another one after each `compile`
+    if key not in programs:
         known = weakref.ref(model)
 
         @jax.jit
@@ -71,10 +72,10 @@ def loss_gradients(model, x, y=None, sample_weight=None):
 
             return jax.grad(loss)(trained)
 
-        programs["loss_gradients"] = program
+        programs[key] = program
     batch = reference.as_tensors(x, y, sample_weight)
     trained, others = ([v.value for v in some] for some in (model.trainable_weights, _others(model)))
-    return [np.asarray(g, "float32") for g in programs["loss_gradients"](trained, others, *batch)]
+    return [np.asarray(g, "float32") for g in programs[key](trained, others, *batch)]
 
 
 def _others(model):

@@ -9,6 +9,7 @@ import time
 import warnings
 
 import keras
+import numpy as np
 from keras import ops
 
 _RECENT = 100  # steps that the speed is measured on
@@ -24,9 +25,9 @@ class Progress(keras.callbacks.Callback):
     """Shows step, tokens per second, loss and metrics, learning rate and remaining time; for `fit(verbose=0)`.
 
     On a terminal it is a bar; elsewhere (a file, a pipe, a notebook) a plain line now and then. Both write a line at
-    the end of each epoch. Speed is that of the last 100 steps, without compilation and validation. Keras hands
-    over the values of a step on a thread of its own where it deems that safe (JAX and PyTorch), so that the
-    next step does not wait for them.
+    the end of each epoch; of a metric that is a vector, the mean. Speed is that of the last 100 steps, without
+    compilation and validation. Keras hands over the values of a step on a thread of its own where it deems that safe
+    (JAX and PyTorch), so that the next step does not wait for them.
 
     Args:
         tokens: int or float, real target tokens of a step; or batches that have `tokens_per_epoch` and `len()`, of
@@ -120,7 +121,8 @@ class Progress(keras.callbacks.Callback):
         speed = self._steps_per_second()
         if speed is not None:
             parts.append(f"{speed:.2f} steps/s" if self.tokens is None else f"{speed * self.tokens:,.0f} tokens/s")
-        parts += [f"{name} {value:.4g}" for name, value in (logs or {}).items() if name != "learning_rate"]
+        values = {name: value for name, value in (logs or {}).items() if name != "learning_rate"}
+        parts += [f"{name} {float(np.mean(value)):.4g}" for name, value in values.items()]
         parts.append(f"learning rate {self.rate:.2e}")
         left = self._seconds_left(speed)
         if left is not None:

@@ -104,6 +104,8 @@ class Checkpoints(keras.callbacks.Callback):
         self.batch = self.done = self.saved_at = self.skip = 0
         self.within = {}  # arrays of a checkpoint within an epoch, to load before the first step
         self.fitted._initial_epoch = None  # what Keras's own BackupAndRestore sets; `fit` looks at it after this
+        if self.fitted.built and not self.fitted.optimizer.built:  # inside a step, TensorFlow gives other paths
+            self.fitted.optimizer.build(self.fitted.trainable_variables)
         if self.paths:
             self._resume()
         self.saved_time = time.monotonic()
@@ -176,8 +178,6 @@ class Checkpoints(keras.callbacks.Callback):
         path, arrays, place, damaged = self._newest()
         if not self.fitted.built:
             raise ValueError(f"model {self.fitted.name!r} must be built to go on from {path}; call it on a batch.")
-        if not self.fitted.optimizer.built:
-            self.fitted.optimizer.build(self.fitted.trainable_variables)
         self.within = {name: arrays.pop(name) for name in list(arrays) if name.startswith(("metrics/", "random/"))}
         load = _loader(arrays, _training_variables(self.fitted), f"model {self.fitted.name!r}", path)
         self._check_place(place, path)

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 _SMOOTHING = 0.9  # of the running mean of the losses
-_DIVERGED = 4.0  # times the least loss
+_DIVERGED = 3.0  # times the least loss, above it
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,14 @@ def find_learning_rate(model, batches, low=1e-6, high=10.0, steps=100):
     """Trains with a rate that grows from step to step, and restores the model as it was.
 
     rate(t) = low (high / low)^(t / (steps - 1)). It ends early when the running mean of the losses is four times its
-    least value, or a loss is not finite. A rate for training lies where the loss still falls fast, below the one where
-    it is least. Source: Smith 2017, section 3.3, with rates on a logarithmic scale.
+    least value (if that is negative, above it by three times its size), or a loss is not finite. A rate for training
+    lies where the loss still falls fast, below the one where it is least. Source: Smith 2017, section 3.3, with rates
+    on a logarithmic scale.
 
     Args:
         model: a compiled keras.Model, whose optimizer has a number as its rate.
         batches: iterable of (x, y) or (x, y, sample_weight), such as TranslationBatches; taken again from its start if
-            it is too short.
+            it is too short; without an end, at most `steps` of them are taken.
         low, high: float, the first and the last rate.
         steps: int, the number of rates.
 
@@ -60,13 +61,13 @@ def find_learning_rate(model, batches, low=1e-6, high=10.0, steps=100):
     rates = np.geomspace(low, high, steps).tolist()
     losses, smooth = [], []
     try:
-        for rate, batch in zip(rates, _endless(batches)):
+        for rate, batch in zip(rates, _endless(batches, steps)):
             _set(optimizer, rate)
             model.reset_metrics()
             losses.append(float(model.train_on_batch(*batch, return_dict=True)["loss"]))
             mean = losses[0] if not smooth else _SMOOTHING * smooth[-1] + (1 - _SMOOTHING) * losses[-1]
             smooth.append(mean)
-            if not math.isfinite(mean) or mean > _DIVERGED * min(smooth):
+            if not math.isfinite(mean) or mean - min(smooth) > _DIVERGED * abs(min(smooth)):
                 break
     finally:
         for variable, value in zip(variables, before):
@@ -89,12 +90,12 @@ def _set(optimizer, rate):
         raise ValueError("find_learning_rate sets the rate; compile the model with a number, no schedule.") from error
 
 
-def _endless(batches):
+def _endless(batches, steps):
     if isinstance(batches, keras.utils.PyDataset):
         if not len(batches):
             raise ValueError("There are no batches to try rates on.")
         return (batches[i % len(batches)] for i in itertools.count())
-    batches = list(batches)
+    batches = list(itertools.islice(batches, steps))
     if not batches:
         raise ValueError("There are no batches to try rates on.")
     return itertools.cycle(batches)

@@ -16,7 +16,8 @@ class NormRecorder(keras.callbacks.Callback):
 
     Args:
         x, y, sample_weight: the batch, as for `train_on_batch`.
-        every: int, steps from one record to the next; the first is made before training, the last at its end.
+        every: int, steps from one record to the next; the first is made before training, the last at its end. With
+            `steps_per_execution`, a record waits for the end of the execution.
         layers: list of layers, or of their names, anywhere in the model, or one of them; None takes all that
             `layer_groups()` names, or else the model's own layers that have weights.
 
@@ -46,9 +47,12 @@ class NormRecorder(keras.callbacks.Callback):
         self.gradients = self.activations = np.zeros((0, len(self.names)))
         self.record()
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self._done_before = self._step
+
     def on_train_batch_end(self, batch, logs=None):
-        self._step += 1
-        if self._step % self.every == 0:
+        before, self._step = self._step, self._done_before + min(batch + 1, self.params["steps"] or batch + 1)
+        if self._step // self.every > before // self.every:
             self.record()
 
     def on_train_end(self, logs=None):

@@ -197,6 +197,13 @@ def test_budget_is_shown(clock, capsys):
     assert lines[-1].endswith("0:00:00 left")
 
 
+def test_the_mean_of_a_metric_that_is_a_vector_is_shown(capsys):
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2, "sigmoid", bias_initializer="ones")])
+    model.compile(keras.optimizers.SGD(0.0), "mse", metrics=[keras.metrics.F1Score(threshold=0.5, name="f1")])
+    model.fit(0 * X, np.tile([[1.0, 0.0]], (24, 1)), verbose=0, callbacks=[Progress()])
+    assert "  f1 0.5  " in capsys.readouterr().out
+
+
 def test_metrics_are_shown(capsys):
     model = keras.Sequential([keras.Input((4,), dtype="int32"), keras.layers.Embedding(5, 5)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -20,7 +20,7 @@ import pytest
 from keras import ops
 
 import llmfound
-from llmfound.training import Checkpoints, checkpoints
+from llmfound.training import Adam, Checkpoints, checkpoints
 
 X = np.ones((12, 3), "float32")
 BATCHES = 10  # of an epoch of `train`
@@ -236,6 +236,16 @@ def test_arrays_go_on_too_with_a_warning(tmp_path, steps_per_execution):
     assert_same(run(tmp_path / "run"), expected)
     with pytest.warns(UserWarning, match=r"from step-000000018\.safetensors without `data`.*shuffle=False"):
         make_dense().fit(X, X[:, :2], verbose=0, callbacks=[Checkpoints(tmp_path / "run", steps=1)])
+
+
+def test_a_plain_model_of_mixed_float16_goes_on(tmp_path):
+    for crash in (8, None):
+        model = make_dense(dtype="mixed_float16", optimizer=keras.optimizers.LossScaleOptimizer(Adam(), 2.0))
+        try:
+            fit_dense(tmp_path, model, epochs=3, crash=crash)
+        except InterruptedError:
+            pass
+    assert int(ops.convert_to_numpy(model.optimizer.iterations)) == 18
 
 
 def test_checkpoints_do_not_change_the_training(tmp_path):

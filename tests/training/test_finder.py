@@ -1,5 +1,7 @@
 """The search for a learning rate leaves no trace, and finds what one would choose."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -40,6 +42,22 @@ def test_the_rate_that_it_suggests_is_good():
     model.optimizer.learning_rate = found.suggestion
     losses = [float(model.train_on_batch(*batches[i % 4])) for i in range(100)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_batches_without_an_end():
+    model, batches = problem()
+    endless = itertools.cycle(batches)
+    assert find_learning_rate(model, endless, steps=20) == find_learning_rate(model, batches, steps=20)
+    assert next(endless) is batches[20 % 4]
+
+
+def test_a_negative_loss():
+    model, batches = problem()
+    positive = find_learning_rate(model, batches, high=0.01)
+    model.compile("sgd", lambda y, p: keras.ops.mean(keras.ops.square(y - p)) - 100)
+    negative = find_learning_rate(model, batches, high=0.01)
+    assert_close(np.array(negative.losses), np.array(positive.losses) - 100, 1e-3)
+    assert len(negative.losses) == 100
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -58,6 +58,14 @@ def test_training_is_the_same_with_and_without():
     assert_close(found[0], found[1], 1e-6)
 
 
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch executes one step at a time")
+def test_steps_are_counted_of_executions_that_are_several():
+    model, recorder = linear(), NormRecorder(X, Y, every=4)
+    model.compile(model.optimizer, "mse", steps_per_execution=4)
+    model.fit(X, Y, batch_size=2, epochs=2, verbose=0, callbacks=[recorder])
+    assert recorder.steps == [0, 4, 10, 12] and int(model.optimizer.iterations) == 12
+
+
 def test_layers_of_a_bert_and_by_name(tmp_path):
     model = BERTClassifier(BERT(11, 2, 8, 2, 16, max_length=8), 3)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
