@@ -81,7 +81,8 @@ class LanguageModelBatches(Passes):
 
     The text is cut into `batch_size` rows of equal length, read side by side: window k of a row goes on where window
     k - 1 ended, and the labels are the words one place later. Of windows of varying length, each is
-    max(5, int(N(base, 5))) words long, with base = window, or half of it in one of 20. The last row is filled up.
+    max(5, int(N(base, 5))) words long, with base = window, or half of it in one of 20. After the first epoch they are
+    stretched or shrunk, all by one factor near 1, so that each epoch has equally many. The last row is filled up.
     Source: Merity, Keskar, Socher 2018, section 4.1; the authors' code.
 
     Windows are a function of (seed, epoch) alone. Batches go on from each other: models of llmfound never shuffle them,
@@ -141,12 +142,19 @@ class LanguageModelBatches(Passes):
         """The (start, end) of each window in a row."""
         if not self.variable:
             return [(start, min(start + self.window, self._row)) for start in range(0, self._row, self.window)]
+        ends = self._drawn(0)
+        count = int((ends < self._row).sum()) + 1  # of every epoch, for Keras counts the steps of the first one only
+        if epoch:
+            ends = self._drawn(epoch)
+            ends = np.rint(ends * (self._row / ends[count - 1])).astype(int)
+        return list(itertools.pairwise([0, *ends[: count - 1].tolist(), self._row]))
+
+    def _drawn(self, epoch):
+        """Ends of more windows than a row holds, each as long as it was drawn."""
         generator = np.random.default_rng([self.seed, epoch])
         count = self._row // _LEAST + 1
         base = np.where(generator.random(count) < _SHORT, self.window // 2, self.window)
-        ends = np.cumsum(np.maximum(_LEAST, generator.normal(base, _SPREAD).astype(int)))
-        ends = [0, *ends[ends < self._row].tolist(), self._row]
-        return list(itertools.pairwise(ends))
+        return np.cumsum(np.maximum(_LEAST, generator.normal(base, _SPREAD).astype(int)))
 
     def __getitem__(self, index):
         """Window `index` of the current epoch.

@@ -110,9 +110,8 @@ class WindowRates(keras.callbacks.Callback):
         self.lengths = self.batches.lengths  # made anew at each look
 
     def on_train_batch_begin(self, batch, logs=None):
-        if batch < len(self.lengths):  # else there is no such step: Keras expects as many as in the first epoch
-            optimizer = optimizer_with(self.model, "scale", "WindowRates")
-            optimizer.scale.assign(self.lengths[batch] / self.batches.window)
+        optimizer = optimizer_with(self.model, "scale", "WindowRates")
+        optimizer.scale.assign(self.lengths[batch] / self.batches.window)
 
     def on_train_end(self, logs=None):
         optimizer_with(self.model, "scale", "WindowRates").scale.assign(1.0)

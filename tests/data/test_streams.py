@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from llmfound.data import ClassificationBatches, LanguageModelBatches, WordTokenizer, stream, write_stream
+from llmfound.models import ULMFiT
 
 
 def words_of(batches):
@@ -50,6 +51,27 @@ def test_few_shapes():
     assert {fixed[i][0]["token_ids"].shape for i in range(len(fixed))} == {(2, 70)}
     exact = LanguageModelBatches(np.ones(20_000, "int32"), 2, 70, length_multiple=1)
     assert [exact[i][0]["token_ids"].shape[1] for i in range(2, len(exact))] == exact.lengths[2:].tolist()
+
+
+@pytest.mark.parametrize("count, batch_size", [(20_000, 4), (1000, 4), (300, 7), (9, 4)])
+def test_every_epoch_has_equally_many_windows(count, batch_size):
+    batches = LanguageModelBatches(np.arange(1, count + 1), batch_size, 20)
+    windows, least = len(batches), batches.lengths.min()
+    for epoch in range(1, 20):
+        batches.epoch = epoch
+        assert len(batches) == windows and batches.lengths.min() >= min(3, least)
+        assert [i for inputs, _ in words_of(batches) for i in inputs] == list(range(1, count))
+    if count == 20_000:
+        assert abs(batches.lengths.mean() - 19.5) < 1
+
+
+def test_fit_reads_every_epoch_to_its_end():
+    ids = np.random.default_rng(0).integers(1, 9, 2000)
+    batches = LanguageModelBatches(ids, 4, 20)
+    model = ULMFiT(9, embedding_dim=4, hidden_dim=4, num_layers=1)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(batches, epochs=4, verbose=0)
+    assert batches.epoch == 4
 
 
 def test_epochs_differ_and_can_be_resumed():

@@ -225,7 +225,7 @@ def test_check_7_a_window_learns_in_proportion_to_its_length():
     model = Mean()
     model.compile(ASGD(1.0), lambda y, p: p)
     places, lengths = [0.0], []
-    for batches.epoch in (1, 0):  # the second has fewer windows
+    for batches.epoch in (1, 0):
         lengths = [*batches.lengths, *lengths]
 
     class Look(keras.callbacks.Callback):
