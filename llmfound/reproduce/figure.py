@@ -382,8 +382,10 @@ def _report(figure, scale, count, results, verdicts, lines, record):
         f"- **{'Held' if held else 'Did not hold'}{NOISE * noise}**: {sentence}" for sentence, held, noise in verdicts
     )
     if any(noise for *_, noise in verdicts):
-        of_seeds = "the 95 % interval of its mean over the seeds" if count > 2 else "it differs between the seeds"
-        marks += f"\n\nWithin the noise of the seeds: a margin is not greater than {of_seeds}."
+        of_seeds = "half of its own 95 % interval" if count > 2 else "the difference of its two values"
+        marks += (
+            f"\n\nWithin the noise of the seeds: what decides, in the mean over the seeds, is no more than {of_seeds}."
+        )
     seeds = {1: "1 seed, which cannot tell noise", 2: "2 seeds, means with both values in brackets"}.get(
         count, f"{count} seeds, means with 95 % intervals"
     )
