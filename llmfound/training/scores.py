@@ -83,7 +83,7 @@ def squad_scores(predictions, examples, null_odds=None):
         "best_f1_threshold".
 
     Raises:
-        ValueError: if there is no example, a prediction is missing, or is no str.
+        ValueError: if there is no example, a prediction or its odds are missing, or a prediction is no str.
     """
     examples = list(examples)
     if not examples:
@@ -91,6 +91,9 @@ def squad_scores(predictions, examples, null_odds=None):
     missing = [example.id for example in examples if not isinstance(predictions.get(example.id), str)]
     if missing:
         raise ValueError(f"{len(missing)} questions have no prediction, or one that is no str: {missing[:3]}.")
+    missing = [example.id for example in examples if null_odds is not None and example.id not in null_odds]
+    if missing:
+        raise ValueError(f"{len(missing)} questions have no null_odds: {missing[:3]}.")
     has_answer = np.array([not example.impossible for example in examples])
     second = null_odds is not None or not has_answer.all()
     found = np.array([_exact_and_f1(predictions[one.id], one.answers, second) for one in examples])

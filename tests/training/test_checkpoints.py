@@ -503,6 +503,7 @@ def kill_and_compare(folder, epochs, kills, seed, transformer=False):
     return partial
 
 
+@pytest.mark.on_one_backend  # what a backend has to do with it, the runs that are stopped in one process show
 @pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL")
 def test_run_killed_twice_ends_like_one_without_interruption(tmp_path):
     kill_and_compare(tmp_path / "run", epochs=10, kills=2, seed=0)

@@ -115,6 +115,8 @@ def test_predictions_that_are_missing():
         squad_scores({"b": None}, [question("a", "x"), question("b", "x")])
     with pytest.raises(ValueError, match="There are no examples"):
         squad_scores({}, [])
+    with pytest.raises(ValueError, match=r"1 questions have no null_odds: \['b'\]"):
+        squad_scores({"a": "x", "b": "y"}, [question("a", "x"), question("b", "x")], {"a": 0.0})
 
 
 # Entities
