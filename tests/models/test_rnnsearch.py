@@ -209,7 +209,7 @@ def test_no_word_sees_its_future_and_none_reads_the_start_token(model_class, ord
     assert np.abs(after[:, 3] - before[:, 3]).max() > 1e-4
 
 
-@every_model
+@pytest.mark.parametrize("model_class", [RNNsearch, RNNencdec])
 def test_a_quantized_model_computes_nearly_the_same(model_class):
     model, inputs = filled(tiny(model_class)), batch()
     before = np.asarray(model.predict_on_batch(inputs))
