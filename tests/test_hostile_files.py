@@ -323,7 +323,7 @@ def test_mapped_documents_and_questions(tmp_path, trap):
     with pytest.raises(ValueError):
         llmfound.data.Documents.open(tmp_path)
     (tmp_path / "dev.json").write_bytes(pickled(trap))
-    with pytest.raises(ValueError, match="is no file of SQuAD"):
+    with pytest.raises(ValueError, match=r"dev\.json, line 1: byte 0x80 at offset 0 is not valid UTF-8"):
         llmfound.data.read_squad(tmp_path / "dev.json")
 
 
