@@ -175,17 +175,23 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
         self._build_optimizer()
         return super().fit(self._checked(x), *args, **kwargs)
 
+    _exporting = False
+
     @property
     def input_dtype(self):
-        """Of ids; Keras 3.15.1 would export the model for float inputs."""
-        return "int32"
+        """Keras's, but while it exports, which Keras 3.15.1 would do for inputs of float32 else: that of ids."""
+        return "int32" if self._exporting else super().input_dtype
 
     def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
         """As Keras's, for batches and sequences of any length unless `input_signature` tells others."""
         if input_signature is None:
             shapes = self.input_signature().items()
             input_signature = [{k: keras.InputSpec("int32", (None, *shape), name=k) for k, shape in shapes}]
-        return super().export(filepath, format, verbose, input_signature, **kwargs)
+        self._exporting = True
+        try:
+            return super().export(filepath, format, verbose, input_signature, **kwargs)
+        finally:
+            self._exporting = False
 
     def _build_optimizer(self):
         """Before the first step, as Keras does on JAX and torch; TensorFlow would make its variables inside the step.

@@ -497,3 +497,20 @@ def test_torch_knows_every_parameter():
     model = llmfound.models.Transformer(11, 2, 8, 2, 16, norm="pre")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == model.count_params()
     assert len([name for name in model.state_dict() if name.startswith("_torch_params.")]) >= len(model.weights)
+
+
+def test_a_model_of_ids_may_take_floats_beside_them():
+    class Scaled(llmfound.Model):
+        def __init__(self):
+            super().__init__()
+            self.embedding = keras.layers.Embedding(5, 3)
+
+        def input_signature(self):
+            return {"token_ids": (None,)}
+
+        def call(self, inputs, scale=None):
+            x = self.embedding(inputs["token_ids"])
+            return x if scale is None else x * scale
+
+    model = Scaled()
+    assert_close(model(IDS, scale=np.array([0.5], "float32")), 0.5 * ops.convert_to_numpy(model(IDS)), 1e-7)
