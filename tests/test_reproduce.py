@@ -311,7 +311,10 @@ def test_the_page_says_what_is_noise(tmp_path):
     figure.measure = lambda run, settings, seed, prepared: {"worth": run["coins"] * (seed * 3 - 1)}
     assert [held for _, held in reproduce.reproduce(figure, "tiny", out=tmp_path, say=said.append)] == [True, False]
     report = (tmp_path / "coins-tiny" / "report.md").read_text()
-    assert "- **Held, within the noise of the seeds**: nine are" in report and "it differs between the seeds." in report
+    assert (
+        "- **Held, within the noise of the seeds**: nine are" in report
+        and "no more than the difference of its two values." in report
+    )
     assert [text for text in said if text.startswith("DID NOT HOLD, within the noise of the seeds: one is worth more")]
 
 
