@@ -210,7 +210,7 @@ def test_a_wide_beam_finds_what_exhaustive_search_finds(alpha, n_best):
 def test_a_wide_beam_finds_what_exhaustive_search_finds_without_forbidden_tokens():
     model = Table(random_table(sentences=3, vocab_size=5))
     found = decoding.beam_search(
-        model, source(0, 1, 2), 24, 0.6, max_length=4, n_best=16, forbidden_ids=(PAD, START, PAD)
+        model, source(0, 1, 2), 24, 0.6, max_length=4, n_best=16, forbidden_ids=iter((PAD, START, PAD))
     )
     for sentence in range(3):
         expected = every_hypothesis(model, sentence, 0.6, 4, forbidden_ids=(PAD, START))

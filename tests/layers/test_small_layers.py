@@ -373,3 +373,10 @@ def test_embeddings_of_another_shape(shape):
 def test_bad_sizes_of_masked_lm_head(sizes):
     with pytest.raises(ValueError, match=f"vocab_size and hidden_dim must be positive; got {sizes[0]} and {sizes[1]}"):
         MaskedLMHead(*sizes)
+
+
+def test_a_dense_layer_of_integers_is_keras_own():
+    ids, ours, theirs = np.arange(6).reshape(2, 3), Dense(4), keras.layers.Dense(4)
+    ours(ids), theirs(ids)
+    theirs.set_weights(ours.get_weights())
+    assert_close(ours(ids), theirs(ids), 1e-6)

@@ -250,6 +250,7 @@ def test_choices_are_scored_one_by_one():
     assert scores.shape == (2, 3)
     assert_close(scores[:, 0], scores[:, 2], 1e-6)
     assert_close(scores[::-1, 1], scores[:, 0], 1e-5)
+    assert_close(model({"token_ids": tokens, "segment_ids": None}), scores, 1e-5)
 
 
 def test_groups_of_layers():

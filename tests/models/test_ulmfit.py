@@ -131,6 +131,11 @@ def test_check_5_concat_pooling():
     assert_close(llmfound.ops.concat_pool(h, np.ones((2, 6), bool))[0], np.array(expected), 2e-6)
 
 
+def test_pooling_counts_beyond_what_float16_does():
+    x, mask = ops.ones((1, 5000, 2), "float16"), ops.ones((1, 5000), "bool")
+    assert_close(llmfound.ops.concat_pool(x, mask), np.ones((1, 6)), 1e-3)
+
+
 def test_penalties_do_not_see_padding():
     model = published()
     model.encoder.pad_id = 0
