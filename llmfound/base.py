@@ -43,14 +43,20 @@ class BuiltByCall:
     """Sublayers are built when the first call comes to them; `build` itself makes nothing.
 
     Without a `build`, Keras traces a call once more for each layer around it, only to find what is to be built: to make
-    a Transformer took ten seconds on TensorFlow. On torch, where that is cheap, a layer lists its parameters as soon as
-    it is built, so there they must be found before.
+    a Transformer took ten seconds on TensorFlow.
     """
 
-    if keras.backend.backend() != "torch":
+    def build(self, input_shape):  # as in keras.Layer, so that a file tells every backend the same
+        pass
 
-        def build(self, input_shape):  # as in keras.Layer, so that a file tells every backend the same
-            pass
+    if keras.backend.backend() == "torch":
+
+        def __call__(self, *args, **kwargs):  # Keras lists a module's parameters when `build` returns
+            first = not self.built
+            result = super().__call__(*args, **kwargs)
+            if first:
+                self._post_build()
+            return result
 
 
 class Layer(BuiltByCall, Configured, keras.layers.Layer):
@@ -66,11 +72,6 @@ class Layer(BuiltByCall, Configured, keras.layers.Layer):
                 if not layer.built:  # a layer given as an argument brings its own
                     layer.build_from_config(sublayer_config)
         super().build_from_config(config["own"])
-
-
-def fresh(initializer):
-    """A copy of an initializer for a weight of its own: one instance gives every weight of a shape the same numbers."""
-    return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
 
 
 def overrides(layer, base, *names):
@@ -105,8 +106,14 @@ class _BuiltAfterInit(type(keras.Model)):
     def __call__(cls, *args, **kwargs):
         model = super().__call__(*args, **kwargs)  # the outermost __init__ has finished
         if not model.built:
-            shapes = model.input_signature().items()
-            model({k: keras.ops.zeros((1, *(n or 2 for n in shape)), "int32") for k, shape in shapes})
+            shapes = {k: (1, *(n or 2 for n in shape)) for k, shape in model.input_signature().items()}
+            try:
+                with model._open_name_scope():
+                    model.compute_output_spec({k: keras.KerasTensor(shape, "int32") for k, shape in shapes.items()})
+            except Exception:  # a call that needs numbers, or fails, which it says itself
+                model({k: keras.ops.zeros(shape, "int32") for k, shape in shapes.items()})
+            else:
+                model.build(shapes)
         return model
 
 
@@ -212,6 +219,16 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
             for variable in self.trainable_variables:
                 kernels.differentiate(variable, True)
         return super().make_train_function(force)
+
+    if keras.backend.backend() == "torch":
+
+        def train_step(self, data):
+            """As Keras's, but the last step's gradients are freed before the forward pass, not after it.
+
+            There they would stand beside all that it keeps for the backward pass.
+            """
+            self.zero_grad()
+            return super().train_step(data)
 
     def evaluate(self, x=None, *args, **kwargs):
         return super().evaluate(self._checked(x), *args, **kwargs)

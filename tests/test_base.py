@@ -499,6 +499,54 @@ def test_torch_knows_every_parameter():
     assert len([name for name in model.state_dict() if name.startswith("_torch_params.")]) >= len(model.weights)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="about torch's own lists of parameters")
+def test_torch_knows_every_parameter_of_a_layer_that_keeps_sublayers_in_a_list():
+    class Stack(llmfound.Layer):
+        def __init__(self):
+            super().__init__()
+            self.blocks = [llmfound.layers.PreLNBlock(8, 2, 16) for _ in range(2)]
+
+        def call(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    stack, x = Stack(), np.ones((1, 3, 8), "float32")
+    stack(x)
+    assert sum(p.numel() for p in stack.parameters()) == stack.count_params() > 0
+    within = keras.Sequential([keras.Input((3, 8)), Stack()])
+    assert sum(p.numel() for p in within.layers[0].parameters()) == stack.count_params()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="only there do gradients stay with the weights")
+def test_gradients_of_the_last_step_are_freed_before_the_forward_pass():
+    found = []
+
+    class Watched(llmfound.models.BERT):
+        def call(self, inputs, training=None):
+            found.append([weight.value.grad is None for weight in self.trainable_weights])
+            return super().call(inputs, training)["pooled"]
+
+    model = Watched(11, 1, 8, 2, 16)
+    model.compile("sgd", "mse")
+    found.clear()
+    for _ in range(2):
+        model.train_on_batch({"token_ids": np.ones((2, 3), "int32")}, np.ones((2, 8), "float32"))
+    assert len(found) >= 2 and all(found[-1])
+
+
+def test_a_model_whose_call_is_not_traceable_says_what_is_wrong():
+    class Wrong(llmfound.Model):
+        def input_signature(self):
+            return {"token_ids": (None,)}
+
+        def call(self, inputs):
+            raise NotImplementedError("not yet written")
+
+    with pytest.raises(NotImplementedError, match="not yet written"):
+        Wrong()
+
+
 def test_a_model_of_ids_may_take_floats_beside_them():
     class Scaled(llmfound.Model):
         def __init__(self):

@@ -1,6 +1,7 @@
 """Kernels: every body, plain or native, equals the definition in NumPy, in value and gradient."""
 
 import inspect
+import math
 import os
 import pathlib
 import subprocess
@@ -563,6 +564,36 @@ def test_a_seed_repeats_its_masks_and_advances():
         np.testing.assert_array_equal(mask(second, (1000,)), expected)
         assert (numpy(second.state.value) != before).any()
     assert (masks[0] != masks[1]).any() and (masks[1] != masks[2]).any()
+
+
+@pytest.mark.parametrize("body", bodies("truncated_normal"))
+def test_truncated_normal_has_its_distribution(body):
+    x = np.sort(numpy(body((1000, 300), 1.0, 0.5, "float32", keras.random.SeedGenerator(3))).ravel().astype("float64"))
+    outside = ((x < -1e-5) | (x > 2 + 1e-5)).mean()
+    assert outside < (1e-4 if body is reference.truncated_normal else 1e-9)  # Keras's on torch leaves 4 of a million
+    assert x[5] < 1e-3 and x[-5] > 2 - 1e-3
+    erf = np.vectorize(math.erf)
+    cumulated = (erf((x - 1) / 0.5 / 2**0.5) / math.erf(2**0.5) + 1) / 2
+    # Of Kolmogorov's statistic, times the root of 300,000: above 1.95 once in a thousand times.
+    assert np.abs(cumulated - (np.arange(len(x)) + 0.5) / len(x)).max() < 1.95 / len(x) ** 0.5
+
+
+@pytest.mark.parametrize("body", bodies("truncated_normal"))
+def test_truncated_normal_repeats_what_a_number_gives_and_goes_on_with_a_generator(body):
+    first, again, other = (numpy(body((50, 4), 0.0, 0.02, "float32", seed)) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first, again)
+    assert abs(correlation(first, other)) < 0.5
+    generator = keras.random.SeedGenerator(5)
+    first, second = (numpy(body((50, 4), 0.0, 0.02, "float32", generator)) for _ in range(2))
+    np.testing.assert_array_equal(first, numpy(body((50, 4), 0.0, 0.02, "float32", keras.random.SeedGenerator(5))))
+    assert abs(correlation(first, second)) < 0.5
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+def test_truncated_normal_has_the_dtype_that_is_asked_for(dtype):
+    x = kernels.truncated_normal((3, 2), 0.0, 0.02, dtype, 1)
+    assert keras.backend.standardize_dtype(x.dtype) == (dtype or "float32") and tuple(x.shape) == (3, 2)
+    assert (np.abs(numpy(ops.cast(x, "float32"))) <= 0.0401).all()
 
 
 def test_draws_and_seeds_are_independent():

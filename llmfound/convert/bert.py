@@ -12,6 +12,8 @@ from keras import ops
 
 from llmfound import models
 from llmfound.convert.assign import assign
+from llmfound.initializers import not_drawn
+from llmfound.models.bert import normal
 
 SIZES = {"vocab_size": "vocab_size", "num_layers": "num_hidden_layers", "hidden_dim": "hidden_size",
          "num_heads": "num_attention_heads", "intermediate_dim": "intermediate_size"}  # fmt: skip
@@ -225,7 +227,12 @@ def _model(kind, form, tensors, config, num_classes, dtype):
     options = {ours: config[theirs] for ours, theirs in SIZES.items()}
     options |= {ours: config[theirs] for ours, (theirs, _) in REST.items()}
     options["pad_id"] = options["pad_id"] or 0
-    bert, policy = models.BERT(**options, activation=config["hidden_act"], dtype=dtype), dict(dtype=dtype)
+    with not_drawn():
+        bert = models.BERT(**options, activation=config["hidden_act"], dtype=dtype)
+    if form.name("pooler/dense/kernel") not in tensors:
+        kernel = bert.pooler.dense.kernel
+        kernel.assign(normal()(kernel.shape, kernel.dtype))
+    policy = dict(dtype=dtype)
     if issubclass(kind, models.BERT):
         return bert
     if issubclass(kind, models.BERTPretraining):

@@ -15,6 +15,7 @@ __all__ = [
     "attention_weights",
     "dot_product_attention",
     "dropout",
+    "truncated_normal",
     "portable_bits",
     "token_cross_entropy",
     "adam_update",
@@ -114,6 +115,18 @@ def dropout(x, rate, seed):
         seed: a keras.random.SeedGenerator; it advances by one draw.
     """
     return keras.random.dropout(x, rate, seed=seed)
+
+
+def truncated_normal(shape, mean, stddev, dtype, seed):
+    """Normal numbers, drawn again where they are more than two deviations from the mean.
+
+    Args:
+        shape: tuple of int.
+        mean, stddev: float, of the normal distribution before it is cut.
+        dtype: a float dtype; None is Keras's floatx.
+        seed: int, which gives the same numbers every time, or a keras.random.SeedGenerator.
+    """
+    return keras.random.truncated_normal(shape, mean, stddev, dtype, seed)
 
 
 def portable_bits(words, shape, xp=ops):

@@ -3,7 +3,8 @@
 from keras import ops
 
 from llmfound import kernels
-from llmfound.base import Layer, fresh, lean, overrides
+from llmfound.base import Layer, lean, overrides
+from llmfound.initializers import fresh
 from llmfound.layers.dropout import Dropout
 from llmfound.layers.feedforward import Dense, KernelDense
 from llmfound.ops import attention_mask, masked_softmax

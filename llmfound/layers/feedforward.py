@@ -3,7 +3,8 @@
 from keras import layers, ops
 
 from llmfound import kernels
-from llmfound.base import Configured, Direct, Layer, fresh, lean, overrides
+from llmfound.base import Configured, Direct, Layer, lean, overrides
+from llmfound.initializers import fresh
 
 
 class Dense(Direct, Configured, layers.Dense):

@@ -2,10 +2,11 @@
 
 import functools
 
-from keras import activations, initializers, layers, ops
+from keras import activations, layers, ops
 
 from llmfound import kernels
 from llmfound.base import Layer
+from llmfound.initializers import TruncatedNormal
 from llmfound.layers.dropout import Dropout
 from llmfound.layers.feedforward import Dense
 from llmfound.ops import concat_pool, gather_positions
@@ -58,7 +59,7 @@ class MaskedLMHead(Head):
         if activation != "gelu":
             self.activation = activations.get(activation)
         policy = dict(dtype=self.dtype_policy)
-        initializer = kernel_initializer or initializers.TruncatedNormal(stddev=0.02)
+        initializer = kernel_initializer or TruncatedNormal(stddev=0.02)
         self.dense = Dense(hidden_dim, kernel_initializer=initializer, name="dense", **policy)
         self.norm = layers.LayerNormalization(epsilon=epsilon, name="norm", **policy)
 

@@ -4,9 +4,10 @@ Source: Devlin, Chang, Lee, Toutanova 2019, "BERT: Pre-training of Deep Bidirect
 Understanding", and the authors' code."""
 
 import numpy as np
-from keras import initializers, layers, ops
+from keras import layers, ops
 
 from llmfound.base import Layer, Model
+from llmfound.initializers import TruncatedNormal
 from llmfound.layers import Dense, Dropout, Embedding, FirstTokenPooler, MaskedLMHead, PositionEmbedding, PostLNBlock
 from llmfound.ops import gelu_tanh, padding_mask
 
@@ -16,7 +17,7 @@ ACTIVATIONS = {"gelu_tanh": gelu_tanh}  # beside those that Keras knows by name
 
 def normal():
     """The authors' start of every matrix: normal, deviation 0.02, drawn again beyond two deviations."""
-    return initializers.TruncatedNormal(stddev=0.02)
+    return TruncatedNormal(stddev=0.02)
 
 
 def size(num_layers, hidden_dim):

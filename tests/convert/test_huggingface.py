@@ -273,8 +273,9 @@ def test_half_a_head_is_none(folder):
 def test_an_encoder_without_a_pooler(tmp_path):
     to_huggingface(small(models.BERTQuestionAnswering), tmp_path)
     with pytest.warns(UserWarning, match="new, not in the checkpoint: pooler/dense/bias, pooler/dense/kernel"):
-        assert from_huggingface(tmp_path, models.BERT).conversion.left == ["qa_outputs.bias (2,)",
-                                                                           "qa_outputs.weight (2, 16)"]  # fmt: skip
+        bert = from_huggingface(tmp_path, models.BERT)
+    assert bert.conversion.left == ["qa_outputs.bias (2,)", "qa_outputs.weight (2, 16)"]
+    assert 0.01 < np.std(ops.convert_to_numpy(bert.pooler.dense.kernel)) < 0.03  # as in any new model
 
 
 @pytest.mark.parametrize("edit, message", [
