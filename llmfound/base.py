@@ -107,14 +107,19 @@ class _BuiltAfterInit(type(keras.Model)):
         model = super().__call__(*args, **kwargs)  # the outermost __init__ has finished
         if not model.built:
             shapes = {k: (1, *(n or 2 for n in shape)) for k, shape in model.input_signature().items()}
-            try:
-                with model._open_name_scope():
-                    model.compute_output_spec({k: keras.KerasTensor(shape, "int32") for k, shape in shapes.items()})
-            except Exception:  # a call that needs numbers, or fails, which it says itself
+            if keras.backend.backend() == "tensorflow" or not cls._built_by_a_trace(model, shapes):
                 model({k: keras.ops.zeros(shape, "int32") for k, shape in shapes.items()})
-            else:
-                model.build(shapes)
         return model
+
+    def _built_by_a_trace(cls, model, shapes):
+        """Builds without numbers, which saves JAX from compiling each operation; TensorFlow's traces take longer."""
+        try:
+            with model._open_name_scope():
+                model.compute_output_spec({k: keras.KerasTensor(shape, "int32") for k, shape in shapes.items()})
+        except Exception:  # a call that needs numbers, or fails: with numbers it says why
+            return False
+        model.build(shapes)
+        return True
 
 
 class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
