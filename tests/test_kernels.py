@@ -336,6 +336,18 @@ def test_token_cross_entropy_of_no_tokens(body):
     assert body(ops.zeros((0, 5)), ops.zeros((0,), "int32")).shape == (0,)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("label", [-1, 5, 99])
+def test_token_cross_entropy_of_a_label_outside_the_vocabulary_is_no_number(label, smoothing):
+    logits, labels = ops.convert_to_tensor(random(3, 5)), ops.convert_to_tensor(np.array([1, label, 4]))
+    if keras.backend.backend() == "torch":
+        with pytest.raises(RuntimeError, match=f"index {label} is out of bounds"):
+            kernels.token_cross_entropy(logits, labels, smoothing)
+        return
+    for body in bodies("token_cross_entropy"):
+        np.testing.assert_array_equal(np.isnan(numpy(body(logits, labels, smoothing))), [False, True, False])
+
+
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="the other backends differentiate their own gradients")
 def test_the_gradient_of_token_cross_entropy_can_be_differentiated():
     logits, labels = ops.convert_to_tensor(3 * random(3, 5)).requires_grad_(), ops.convert_to_tensor([0, 4, 2])

@@ -168,16 +168,20 @@ def token_cross_entropy(logits, labels, smoothing=0.0):
 
     Args:
         logits: float (..., vocab_size).
-        labels: int (...).
+        labels: int (...), from 0 to vocab_size - 1.
         smoothing: float, 0 to 1.
 
     Returns:
-        float32 (...), natural logarithm.
+        float32 (...), natural logarithm; NaN where the label is outside, of which a compiled program cannot complain.
+
+    Raises:
+        RuntimeError: if a label is outside, by the override for PyTorch.
     """
-    logits = ops.cast(logits, "float32")
-    chosen = ops.sum(ops.one_hot(ops.cast(labels, "int32"), logits.shape[-1], dtype="float32") * logits, axis=-1)
+    logits, labels = ops.cast(logits, "float32"), ops.cast(labels, "int32")
+    chosen = ops.sum(ops.one_hot(labels, logits.shape[-1], dtype="float32") * logits, axis=-1)
     loss = ops.logsumexp(logits, axis=-1) - (1 - smoothing) * chosen
-    return loss if smoothing == 0 else loss - smoothing * ops.mean(logits, axis=-1)
+    loss = loss if smoothing == 0 else loss - smoothing * ops.mean(logits, axis=-1)
+    return ops.where((labels >= 0) & (labels < logits.shape[-1]), loss, math.nan)
 
 
 def adam_update(variable, gradient, momentum, velocity, learning_rate, step, beta_1, beta_2, epsilon):

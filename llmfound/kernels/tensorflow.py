@@ -34,11 +34,12 @@ def dropout(x, rate, seed):
 
 def token_cross_entropy(logits, labels, smoothing=0.0):
     """One fused operation computes loss and gradient; see `reference.token_cross_entropy`."""
-    logits = tf.cast(logits, "float32")
+    logits, labels = tf.cast(logits, "float32"), tf.cast(labels, "int32")
     classes = tf.shape(logits)[-1]
     other = smoothing / tf.cast(classes, "float32")
-    target = tf.one_hot(tf.cast(labels, "int32"), classes, on_value=1 - smoothing + other, off_value=other)
-    return tf.nn.softmax_cross_entropy_with_logits(target, logits)
+    target = tf.one_hot(labels, classes, on_value=1 - smoothing + other, off_value=other)
+    loss = tf.nn.softmax_cross_entropy_with_logits(target, logits)
+    return tf.where((labels >= 0) & (labels < classes), loss, math.nan)
 
 
 def adam_update(variable, gradient, momentum, velocity, learning_rate, step, beta_1, beta_2, epsilon):

@@ -72,7 +72,8 @@ class SmoothedCrossEntropy(keras.losses.Loss):
         name: str, the name of the loss in logs of several.
 
     Call arguments:
-        y_true: int (batch, length), labels from 0 to vocab_size - 1, or pad_id.
+        y_true: int (batch, length), labels from 0 to vocab_size - 1, or pad_id. Another makes the loss NaN on JAX and
+            TensorFlow, and an error on PyTorch.
         y_pred: float (batch, length, vocab_size), logits. All is computed in float32.
         sample_weight: float (batch,) or (batch, length), or None.
 
