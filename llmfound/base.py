@@ -113,6 +113,8 @@ class _BuiltAfterInit(type(keras.Model)):
 
     def _built_by_a_trace(cls, model, shapes):
         """Builds without numbers, which saves JAX from compiling each operation; TensorFlow's traces take longer."""
+        if overrides(model, keras.Model, "compute_output_shape", "compute_output_spec"):
+            return False  # Keras would ask these, and not look into `call`
         try:
             with model._open_name_scope():
                 model.compute_output_spec({k: keras.KerasTensor(shape, "int32") for k, shape in shapes.items()})

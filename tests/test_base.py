@@ -535,6 +535,24 @@ def test_gradients_of_the_last_step_are_freed_before_the_forward_pass():
     assert len(found) >= 2 and all(found[-1])
 
 
+def test_a_model_that_tells_the_shape_of_its_output_is_built_too():
+    class Shaped(llmfound.Model):
+        def __init__(self):
+            super().__init__()
+            self.embedding = keras.layers.Embedding(5, 3)
+
+        def input_signature(self):
+            return {"token_ids": (None,)}
+
+        def call(self, inputs):
+            return self.embedding(inputs["token_ids"])
+
+        def compute_output_shape(self, input_shape):
+            return (*input_shape["token_ids"], 3)
+
+    assert Shaped().count_params() == 15
+
+
 def test_a_model_whose_call_is_not_traceable_says_what_is_wrong():
     class Wrong(llmfound.Model):
         def input_signature(self):
