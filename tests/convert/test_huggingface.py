@@ -10,7 +10,7 @@ import pytest
 from keras import ops
 from safetensors.numpy import load_file, save_file
 
-from llmfound import models
+from llmfound import kernels, models
 from llmfound.convert import from_huggingface, to_huggingface
 from llmfound.data import WordPiece
 from llmfound.layers import PreLNBlock
@@ -268,6 +268,14 @@ def test_half_a_head_is_none(folder):
     rewrite(folder, lambda t: {name: x for name, x in t.items() if name != "bert.pooler.dense.bias"})
     with pytest.raises(ValueError, match=r"pooler.dense.bias is missing, for bert_?\d*/pooler/dense/bias \(16,\)"):
         from_huggingface(folder, models.BERT)
+
+
+def test_no_number_is_drawn_that_the_checkpoint_sets(folder, monkeypatch):
+    drawn, draw = [], kernels.truncated_normal
+    monkeypatch.setattr(kernels, "truncated_normal", lambda shape, *rest: drawn.append(shape) or draw(shape, *rest))
+    with pytest.warns(UserWarning, match="new, not in the checkpoint: classes/bias, classes/kernel"):
+        from_huggingface(folder, models.BERTClassifier, num_classes=3)
+    assert {tuple(shape) for shape in drawn} == {(16, 3)}
 
 
 def test_an_encoder_without_a_pooler(tmp_path):
