@@ -116,8 +116,7 @@ def adam_update(kernel, sizes):
     variables = weights + momenta + velocities
 
     def update(step):
-        for variable, gradient, momentum, velocity in zip(weights, gradients, momenta, velocities):
-            kernel(variable, gradient, momentum, velocity, 1e-4, step, 0.9, 0.98, 1e-9)
+        kernel(weights, gradients, momenta, velocities, 1e-4, step, 0.9, 0.98, 1e-9)
         return step
 
     if keras.backend.backend() != "jax":
@@ -135,7 +134,7 @@ def adam_update(kernel, sizes):
 
 def update_if(kernel, sizes):
     """Adam's update, of which nothing is wanted."""
-    return adam_update(lambda *arguments: kernel(False, lambda: reference_adam(*arguments), arguments[:1]), sizes)
+    return adam_update(lambda *arguments: kernel(False, lambda: reference_adam(*arguments), arguments[0]), sizes)
 
 
 def reference_adam(*arguments):

@@ -1,6 +1,7 @@
 """Layer and Model: constructor arguments become the config, and a model's weights exist once it is constructed."""
 
 import inspect
+import threading
 
 import keras
 import numpy as np
@@ -58,9 +59,46 @@ class BuiltByCall:
                 self._post_build()
             return result
 
+        def forward(self, *args, **kwargs):  # what Keras's full call comes to, `training` found
+            if "training" not in kwargs:
+                return super().forward(*args, **kwargs)
+            outer, _within.training = getattr(_within, "training", "unknown"), kwargs["training"]
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                _within.training = outer
 
-class Layer(BuiltByCall, Configured, keras.layers.Layer):
+
+_within = threading.local()  # the full call that is going on; its `training` holds for all that is called in it
+
+
+class Direct:
+    """A layer that leaves out Keras's bookkeeping, 0.1 ms a call, where `kernels.direct_call` says it may.
+
+    Layers inside that are not told `training` take it from the full call around them. So a layer whose result depends
+    on `training` is called directly only if it is told what holds there.
+    """
+
+    heeds_training = False
+
+    if keras.backend.backend() == "torch":
+
+        def __call__(self, *args, **kwargs):
+            known = not self.heeds_training or kwargs.get("training") is getattr(_within, "training", "unknown")
+            if known and self.built and kernels.direct_call(self, args, kwargs):
+                try:
+                    return self.call(*args, **kwargs)
+                except Exception:  # the full call says more about it
+                    pass
+            return super().__call__(*args, **kwargs)
+
+
+class Layer(Direct, BuiltByCall, Configured, keras.layers.Layer):
     """A keras.layers.Layer whose config is its constructor arguments."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.heeds_training = "training" in inspect.signature(cls.call).parameters
 
     def get_build_config(self):
         """What each sublayer was built from: a shape for the layer as a whole would not say how to call it."""
@@ -79,15 +117,6 @@ def overrides(layer, base, *names):
     return any(getattr(type(layer), name) is not getattr(base, name) for name in names)
 
 
-class Direct:
-    """A layer of one tensor that leaves out Keras's bookkeeping where `kernels.direct_call` says it may."""
-
-    def __call__(self, *args, **kwargs):
-        if len(args) == 1 and not kwargs and self.built and _plain(self) and kernels.direct_call(self, args[0]):
-            return self.call(args[0])
-        return super().__call__(*args, **kwargs)
-
-
 def _plain(layer):
     one_dtype = layer.compute_dtype == layer.variable_dtype
     return one_dtype and layer.quantization_mode is None and layer.activity_regularizer is None
@@ -97,7 +126,7 @@ def lean(layer, x):
     """layer(x) without Keras's bookkeeping, 0.1 ms a call, for decoding loops; the full call where it is needed."""
     if not _plain(layer):
         return layer(x)
-    if type(layer) is keras.layers.LayerNormalization and layer.axis == [-1] and not layer.rms_scaling:
+    if type(layer).call is keras.layers.LayerNormalization.call and layer.axis == [-1] and not layer.rms_scaling:
         return kernels.layer_norm(x, layer.gamma, layer.beta, layer.epsilon)
     return layer.call(x)
 

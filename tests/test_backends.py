@@ -77,6 +77,10 @@ def dense():
     return llmfound.layers.Dense(5, "gelu")
 
 
+def layer_norm():
+    return llmfound.layers.LayerNormalization(beta_initializer="ones")
+
+
 def embedding():
     return llmfound.layers.Embedding(11, 4, mask_zero=True)
 
@@ -223,6 +227,7 @@ CASES = {
         inputs=(X, np.array([[0, 2], [1, 1], [6, 0]], "int32"), np.linspace(-1, 1, 88, dtype="float32").reshape(11, 8)),
     ),
     "Dense": dict(make=dense, inputs=(X,)),
+    "LayerNormalization": dict(make=layer_norm, inputs=(X,)),
     "Embedding": dict(make=embedding, inputs=(IDS,)),
     "Maxout": dict(make=maxout, inputs=(X,)),
     "GatedRecurrence": dict(make=gated_recurrence, inputs=MASKED, mask="mask"),

@@ -11,7 +11,7 @@ from keras import ops
 
 import llmfound
 from llmfound.base import lean
-from llmfound.layers import Dense, FeedForward
+from llmfound.layers import Dense, FeedForward, LayerNormalization
 from llmfound.testing import assert_close, fixture
 
 X = fixture("x", (2, 4, 8)).astype("float32")
@@ -434,14 +434,15 @@ def test_lean_gives_what_the_full_call_gives(make):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="the other backends compile")
-@pytest.mark.parametrize("make", [lambda: Dense(8, "gelu"), lambda: FeedForward(8, 6)])
-def test_without_gradients_torch_calls_directly(make, full_calls):
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("make", [lambda: Dense(8, "gelu"), lambda: FeedForward(8, 6), LayerNormalization])
+def test_torch_calls_directly(make, gradients, full_calls):
     import torch
 
     layer, x = make(), ops.convert_to_tensor(X)
     expected = layer(x)
     before = len(full_calls)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         assert_close(layer(x), expected, tolerance=1e-6)
         assert len(full_calls) == before
 
@@ -454,8 +455,50 @@ def test_without_gradients_torch_calls_directly(make, full_calls):
         handle.remove()
         layer(X)  # an array
         assert full_calls.count(layer) == 5
+    layer.quantize("int8") if hasattr(layer, "kernel") else setattr(layer, "dtype_policy", "mixed_bfloat16")
     layer(x)
     assert full_calls.count(layer) == 6
+
+
+class Nested(llmfound.Layer):
+    """Drops by a layer of Keras's that is not told whether to."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = keras.layers.Dropout(0.999)
+
+    def call(self, x, training=None):
+        return self.drop(x)
+
+
+class Holder(llmfound.Layer):
+    def __init__(self, told):
+        super().__init__()
+        self.first, self.told = Nested(), told
+
+    def call(self, x, training=None):
+        return self.first(x, training=training if self.told is None else self.told)
+
+
+@pytest.mark.parametrize("told", [None, True, False])
+@pytest.mark.parametrize("training", [None, True, False])
+def test_layers_that_are_not_told_whether_it_is_training_take_it_from_around(training, told, full_calls):
+    layer, x = Holder(told), ops.ones((2, 50))
+    layer(x)
+    for _ in range(2):
+        dropped = not ops.convert_to_numpy(layer(x, training=training)).all()
+        assert dropped == bool(training if told is None else told)
+    if keras.backend.backend() == "torch" and training is not None and told is None:
+        full_calls.clear()
+        layer(x, training=training)
+        assert layer in full_calls and layer.first not in full_calls
+
+
+def test_what_is_wrong_in_a_direct_call_is_told_by_the_full_one():
+    layer = Dense(3)
+    layer(X)
+    with pytest.raises(ValueError, match="expected axis -1 of input shape to have value"):
+        layer(ops.ones((2, X.shape[-1] + 1)))
 
 
 def test_lean_sees_lora():
@@ -466,7 +509,6 @@ def test_lean_sees_lora():
     assert_close(lean(layer, ops.convert_to_tensor(X)), layer(X), tolerance=1e-6)
 
 
-@pytest.mark.skipif(keras.backend.backend() == "torch", reason="there parameters are found by further calls")
 def test_a_call_is_made_once_to_build_what_is_nested(monkeypatch):
     monkeypatch.setattr(Counting, "calls", 0)
     nested = Counting(Counting(Counting(Dense(3))))

@@ -67,6 +67,12 @@ CASES = {
         dict(shape=(2, 4, 3), dtype="float32", weights=2, seeds=0, masking=True),
         None,
     ),
+    "LayerNormalization": (
+        dict(epsilon=0.1),
+        dict(inputs=X),
+        dict(shape=(2, 4, 8), dtype="float32", weights=2, seeds=0, masking=True),
+        None,
+    ),
     "Embedding": (
         dict(input_dim=11, output_dim=3, mask_zero=True),
         dict(inputs=POSITIONS),

@@ -1,6 +1,7 @@
 """Kernels: every body, plain or native, equals the definition in NumPy, in value and gradient."""
 
 import inspect
+import itertools
 import math
 import os
 import pathlib
@@ -141,12 +142,14 @@ print([name for name in reference.__all__ if getattr(kernels, name) is not getat
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def test_only_torch_without_gradients_calls_layers_directly():
+def test_only_torch_calls_layers_directly():
     layer, x = keras.layers.Dense(3), ops.convert_to_tensor(random(2, 3))
     layer(x)
-    assert not kernels.direct_call(layer, x) and not reference.direct_call(layer, x)
-    if keras.backend.backend() == "torch":
-        assert kernels.compiled(layer, lambda layer, x: kernels.direct_call(layer, x))(x)
+    assert not reference.direct_call(layer, (x,), {})
+    on_torch = keras.backend.backend() == "torch"
+    assert kernels.direct_call(layer, (x,), {"mask": None, "training": True}) == on_torch
+    for args, kwargs in [((random(2, 3),), {}), ((x, 1), {}), (([x],), {}), ((x,), {"bias": random(2, 3)})]:
+        assert not kernels.direct_call(layer, args, kwargs)
 
 
 def test_a_backend_without_kernels_is_refused():
@@ -376,8 +379,8 @@ def test_adam_update(body, epsilon):
         v += (1 - 0.98) * (gradient.astype("float64") ** 2 - v)
         w -= rate * np.sqrt(1 - 0.98**step) / (1 - 0.9**step) * m / (np.sqrt(v) + epsilon)
         body(
-            variables[0], ops.convert_to_tensor(gradient), *variables[1:], ops.convert_to_tensor(rate),
-            ops.convert_to_tensor(float(step)), 0.9, 0.98, epsilon,
+            variables[:1], [ops.convert_to_tensor(gradient)], variables[1:2], variables[2:],
+            ops.convert_to_tensor(rate), ops.convert_to_tensor(float(step)), 0.9, 0.98, epsilon,
         )  # fmt: skip
         for variable, exact, what in zip(variables, (w, m, v), ("weights", "momentum", "velocity")):
             # the momentum of a float32 in torch's form, and 1 - 0.98^step, lose the last digits
@@ -390,8 +393,25 @@ def test_adam_update_of_bfloat16(body):
     variable, *moments = [keras.Variable(np.full(2, x, "float32"), dtype="bfloat16") for x in (1, 0, 0)]
     for step in range(1, 4):
         rate, step = (ops.convert_to_tensor(x) for x in (0.125, float(step)))
-        body(variable, ops.ones(2, "bfloat16"), *moments, rate, step, 0.9, 0.999, 1e-7)
+        body([variable], [ops.ones(2, "bfloat16")], *([x] for x in moments), rate, step, 0.9, 0.999, 1e-7)
     assert_close(numpy(ops.cast(variable.value, "float32")), np.full(2, 1 - 3 * 0.125), 0.01)
+
+
+@pytest.mark.parametrize("body", bodies("adam_update"))
+def test_adam_update_of_several_variables_of_two_dtypes(body):
+    rows = [[keras.Variable(random(3, seed=i + j) ** 2, dtype=dtype) for j in range(3)]
+            for i, dtype in enumerate(["float32", "bfloat16", "float32"])]  # fmt: skip
+    gradients = [ops.convert_to_tensor(random(3, seed=9 + i)) for i in range(3)]
+    alone = [[keras.Variable(variable.value, dtype=variable.dtype) for variable in row] for row in rows]
+    options = ops.convert_to_tensor(0.1), ops.convert_to_tensor(3.0), 0.9, 0.98, 1e-6
+    variables, momentums, velocities = zip(*rows)
+    body(variables, gradients, momentums, velocities, *options)
+    for row, gradient in zip(alone, gradients):
+        reference.adam_update(row[:1], [gradient], row[1:2], row[2:], *options)
+    for found, expected in zip(itertools.chain(*rows), itertools.chain(*alone)):
+        assert found.dtype == expected.dtype
+        tolerance = 0.02 if found.dtype == "bfloat16" else 1e-6
+        assert_close(*(numpy(ops.cast(x.value, "float32")) for x in (found, expected)), tolerance)
 
 
 def variables_of(*arrays):

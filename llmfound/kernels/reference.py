@@ -184,24 +184,25 @@ def token_cross_entropy(logits, labels, smoothing=0.0):
     return ops.where((labels >= 0) & (labels < logits.shape[-1]), loss, math.nan)
 
 
-def adam_update(variable, gradient, momentum, velocity, learning_rate, step, beta_1, beta_2, epsilon):
-    """One Adam update, in place, in the form that Keras and TensorFlow share.
+def adam_update(variables, gradients, momentums, velocities, learning_rate, step, beta_1, beta_2, epsilon):
+    """One Adam update of several variables, in place, in the form that Keras and TensorFlow share.
 
     m = m + (1 - beta_1)(g - m);  v = v + (1 - beta_2)(g^2 - v)
     w = w - rate sqrt(1 - beta_2^step) / (1 - beta_1^step) m / (sqrt(v) + epsilon)
     Source: Kingma and Ba 2015, section 2, the variant at its end.
 
     Args:
-        variable, momentum, velocity: variables w, m, v.
-        gradient: float, the shape of the variable.
+        variables, momentums, velocities: lists of variables w, m, v.
+        gradients: list of float tensors, each the shape of its variable.
         learning_rate, step: scalars; step counts from 1.
         beta_1, beta_2, epsilon: Python floats.
     """
     alpha = learning_rate * ops.sqrt(1 - ops.power(beta_2, step)) / (1 - ops.power(beta_1, step))
-    gradient = ops.cast(gradient, variable.dtype)
-    momentum.assign(momentum + (gradient - momentum) * (1 - beta_1))
-    velocity.assign(velocity + (ops.square(gradient) - velocity) * (1 - beta_2))
-    variable.assign(variable - ops.cast(alpha, variable.dtype) * momentum / (ops.sqrt(velocity) + epsilon))
+    for variable, gradient, momentum, velocity in zip(variables, gradients, momentums, velocities):
+        gradient = ops.cast(gradient, variable.dtype)
+        momentum.assign(momentum + (gradient - momentum) * (1 - beta_1))
+        velocity.assign(velocity + (ops.square(gradient) - velocity) * (1 - beta_2))
+        variable.assign(variable - ops.cast(alpha, variable.dtype) * momentum / (ops.sqrt(velocity) + epsilon))
 
 
 def update_if(condition, update, variables):
@@ -314,14 +315,14 @@ def compiled(model, function, *static):
     return call
 
 
-def direct_call(layer, x):
-    """Whether `layer.call(x)` may stand for `layer(x)`, which takes 0.1 ms more.
+def direct_call(layer, args, kwargs):
+    """Whether `layer.call(*args, **kwargs)` may stand for the full call, which takes 0.1 ms more.
 
     Where a step is a compiled program that is paid once, so an override is for frameworks that go call by call.
 
     Args:
-        layer: a built layer with one dtype for weights and results, and nothing else for Keras to see to.
-        x: its only argument.
+        layer: a built layer.
+        args, kwargs: tuple and dict.
 
     Returns:
         bool.

@@ -42,19 +42,22 @@ def token_cross_entropy(logits, labels, smoothing=0.0):
     return tf.where((labels >= 0) & (labels < classes), loss, math.nan)
 
 
-def adam_update(variable, gradient, momentum, velocity, learning_rate, step, beta_1, beta_2, epsilon):
+def adam_update(variables, gradients, momentums, velocities, learning_rate, step, beta_1, beta_2, epsilon):
     """TensorFlow's fused Adam; see `reference.adam_update`."""
-    gradient = tf.convert_to_tensor(gradient)
-    if variable.dtype == "bfloat16":  # in which 0.999, which the fused one reads in the variable's type, is 1
-        reference.adam_update(variable, gradient, momentum, velocity, learning_rate, step, beta_1, beta_2, epsilon)
-        return
-    var, m, v = (v if isinstance(v, tf.Variable) else v.value for v in (variable, momentum, velocity))
-    dtype = var.dtype
-    tf.raw_ops.ResourceApplyAdam(
-        var=var.handle, m=m.handle, v=v.handle, beta1_power=tf.cast(tf.pow(beta_1, step), dtype),
-        beta2_power=tf.cast(tf.pow(beta_2, step), dtype), lr=tf.cast(learning_rate, dtype), beta1=beta_1,
-        beta2=beta_2, epsilon=epsilon, grad=tf.cast(gradient, dtype),
-    )  # fmt: skip
+    for variable, gradient, momentum, velocity in zip(variables, gradients, momentums, velocities):
+        gradient = tf.convert_to_tensor(gradient)
+        if variable.dtype == "bfloat16":  # in which 0.999, which the fused one reads in the variable's type, is 1
+            reference.adam_update(
+                [variable], [gradient], [momentum], [velocity], learning_rate, step, beta_1, beta_2, epsilon
+            )
+            continue
+        var, m, v = (v if isinstance(v, tf.Variable) else v.value for v in (variable, momentum, velocity))
+        dtype = var.dtype
+        tf.raw_ops.ResourceApplyAdam(
+            var=var.handle, m=m.handle, v=v.handle, beta1_power=tf.cast(tf.pow(beta_1, step), dtype),
+            beta2_power=tf.cast(tf.pow(beta_2, step), dtype), lr=tf.cast(learning_rate, dtype), beta1=beta_1,
+            beta2=beta_2, epsilon=epsilon, grad=tf.cast(gradient, dtype),
+        )  # fmt: skip
 
 
 def compiled(model, function, *static):

@@ -180,15 +180,24 @@ def _chunks(logits, labels, *others):
     return zip(*(x.split(rows) for x in (logits, labels[:, None], *others)))
 
 
-def adam_update(variable, gradient, momentum, velocity, learning_rate, step, beta_1, beta_2, epsilon):
-    """torch's fused Adam; its epsilon stands after the bias correction, so it is rescaled to mean the same."""
-    step = torch.as_tensor(step, dtype=torch.float32)
-    with torch.no_grad():
-        torch._fused_adam_(
-            [variable.value], [gradient.to(variable.value.dtype)], [momentum.value], [velocity.value], [], [step],
-            lr=float(learning_rate), beta1=beta_1, beta2=beta_2, weight_decay=0.0,
-            eps=epsilon / (1 - beta_2 ** float(step)) ** 0.5, amsgrad=False, maximize=False,
-        )  # fmt: skip
+def adam_update(variables, gradients, momentums, velocities, learning_rate, step, beta_1, beta_2, epsilon):
+    """torch's fused Adam, of all variables of a dtype at once.
+
+    Its epsilon stands after the bias correction, so it is rescaled to mean the same.
+    """
+    step, alike = torch.as_tensor(step, dtype=torch.float32), {}
+    epsilon = epsilon / (1 - beta_2 ** float(step)) ** 0.5
+    for row in zip(variables, momentums, velocities, gradients):
+        *values, gradient = *(x.value for x in row[:3]), row[3]
+        key = values[0].dtype, values[0].device
+        alike.setdefault(key, []).append([*values, gradient.to(values[0].dtype)])
+    for rows in alike.values():
+        values, first, second, found = map(list, zip(*rows))
+        with torch.no_grad():
+            torch._fused_adam_(
+                values, found, first, second, [], [step.to(values[0].device)] * len(rows), lr=float(learning_rate),
+                beta1=beta_1, beta2=beta_2, weight_decay=0.0, eps=epsilon, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
 
 def update_if(condition, update, variables):
@@ -246,11 +255,29 @@ def compiled(model, function, *static):
     return torch.inference_mode()(call)
 
 
-def direct_call(layer, x):
-    """For a tensor without gradients, where no hook of torch's and no mask of Keras's waits for the call."""
-    waited_for = layer._forward_hooks or layer._forward_pre_hooks or hasattr(x, "_keras_mask")
-    fits = type(x) is torch.Tensor and x.dtype == getattr(torch, layer.compute_dtype)
-    return fits and not torch.is_grad_enabled() and not waited_for
+def direct_call(layer, args, kwargs):
+    """For tensors as `call` takes them, where neither a hook of torch's nor anything of Keras's waits for the call."""
+    if (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or layer._remat_mode
+        or layer.activity_regularizer is not None
+        or layer.quantization_mode is not None
+    ):
+        return False
+    name = layer.compute_dtype
+    if any(variable.dtype != name for variable in layer._trainable_variables[:1]):  # they are to be cast
+        return False
+    dtype = getattr(torch, name)
+    for x in (*args, *kwargs.values()):
+        if type(x) is torch.Tensor:
+            if (x.dtype != dtype and x.is_floating_point()) or hasattr(x, "_keras_mask"):
+                return False
+        elif x is not None and x is not True and x is not False:
+            return False
+    return True
 
 
 def unfold(step, carry, record):

@@ -3,6 +3,6 @@ from llmfound.layers.awd_lstm import AWDLSTM
 from llmfound.layers.blocks import PostLNBlock, PreLNBlock, TransformerBlock
 from llmfound.layers.dropout import Dropout, EmbeddingDropout, VariationalDropout
 from llmfound.layers.embedding import Embedding, PositionalEncoding, PositionEmbedding
-from llmfound.layers.feedforward import Dense, FeedForward, Maxout
+from llmfound.layers.feedforward import Dense, FeedForward, LayerNormalization, Maxout
 from llmfound.layers.heads import FirstTokenPooler, LanguageModelHead, MaskedLMHead, PoolingClassifierHead
 from llmfound.layers.recurrent import GRU, LSTM, AttentionCell, GatedRecurrence, SquareOrthogonal

@@ -2,12 +2,12 @@
 
 import functools
 
-from keras import layers, ops
+from keras import ops
 
 from llmfound.base import Layer, lean
 from llmfound.layers.attention import MultiHeadAttention, MultiHeadSelfAttention
 from llmfound.layers.dropout import Dropout
-from llmfound.layers.feedforward import FeedForward
+from llmfound.layers.feedforward import FeedForward, LayerNormalization
 
 
 class TransformerBlock(Layer):
@@ -49,7 +49,7 @@ class TransformerBlock(Layer):
     attention_class = MultiHeadSelfAttention
     cross_attention_class = MultiHeadAttention
     feedforward_class = FeedForward
-    norm_class = layers.LayerNormalization
+    norm_class = LayerNormalization
     final_norm = False  # whether a stack of such blocks must end with one more norm
 
     def __init__(self, hidden_dim, num_heads, intermediate_dim, dropout=0.0, attention_dropout=0.0, head_dim=None,

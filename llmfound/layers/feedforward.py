@@ -1,6 +1,7 @@
 """The position-wise network of a Transformer layer, and the maxout of RNNsearch's output."""
 
 from keras import layers, ops
+from keras.backend import standardize_dtype
 
 from llmfound import kernels
 from llmfound.base import Configured, Direct, Layer, lean, overrides
@@ -22,6 +23,22 @@ class Dense(Direct, Configured, layers.Dense):
         return super().quantize(mode, type_check=False, config=config)  # Keras refuses its subclasses otherwise
 
 
+class LayerNormalization(Direct, Configured, layers.LayerNormalization):
+    """keras.layers.LayerNormalization, which is one call where the framework has one (`kernels.layer_norm`).
+
+    Arguments, weights and results are Keras's.
+    """
+
+    def call(self, inputs):
+        if (
+            self.axis != [-1]
+            or self.rms_scaling
+            or {self.compute_dtype, standardize_dtype(inputs.dtype)} != {"float32"}
+        ):
+            return super().call(inputs)
+        return kernels.layer_norm(inputs, self.gamma, self.beta, self.epsilon)
+
+
 class KernelDense(Dense):
     """A Dense whose kernel a loop multiplies by without it, and which therefore is not quantized."""
 
@@ -29,7 +46,7 @@ class KernelDense(Dense):
         raise NotImplementedError(f"{self.path} stays as it is, for its kernel is read without it.")
 
 
-class FeedForward(Direct, Layer):
+class FeedForward(Layer):
     """Two dense layers, the same at every position.
 
     FFN(x) = max(0, x W1 + b1) W2 + b2. Source: Vaswani et al. 2017, section 3.3, equation 2.

@@ -8,7 +8,7 @@ from llmfound import kernels
 from llmfound.base import Layer
 from llmfound.initializers import TruncatedNormal
 from llmfound.layers.dropout import Dropout
-from llmfound.layers.feedforward import Dense
+from llmfound.layers.feedforward import Dense, LayerNormalization
 from llmfound.ops import concat_pool, gather_positions
 
 
@@ -61,7 +61,7 @@ class MaskedLMHead(Head):
         policy = dict(dtype=self.dtype_policy)
         initializer = kernel_initializer or TruncatedNormal(stddev=0.02)
         self.dense = Dense(hidden_dim, kernel_initializer=initializer, name="dense", **policy)
-        self.norm = layers.LayerNormalization(epsilon=epsilon, name="norm", **policy)
+        self.norm = LayerNormalization(epsilon=epsilon, name="norm", **policy)
 
     def build(self, x_shape, masked_positions_shape=None, embeddings_shape=None):
         self.bias = self.add_weight(

@@ -4,11 +4,20 @@ Source: Devlin, Chang, Lee, Toutanova 2019, "BERT: Pre-training of Deep Bidirect
 Understanding", and the authors' code."""
 
 import numpy as np
-from keras import layers, ops
+from keras import ops
 
 from llmfound.base import Layer, Model
 from llmfound.initializers import TruncatedNormal
-from llmfound.layers import Dense, Dropout, Embedding, FirstTokenPooler, MaskedLMHead, PositionEmbedding, PostLNBlock
+from llmfound.layers import (
+    Dense,
+    Dropout,
+    Embedding,
+    FirstTokenPooler,
+    LayerNormalization,
+    MaskedLMHead,
+    PositionEmbedding,
+    PostLNBlock,
+)
 from llmfound.ops import gelu_tanh, padding_mask
 
 EPSILON = 1e-12
@@ -61,7 +70,7 @@ class BERTEncoder(Layer):
         self.token_embedding = Embedding(vocab_size, hidden_dim, normal(), name="token_embedding", **policy)
         self.segment_embedding = Embedding(num_segments, hidden_dim, normal(), name="segment_embedding", **policy)
         self.position_embedding = PositionEmbedding(max_length, normal(), name="position_embedding", **policy)
-        self.embedding_norm = layers.LayerNormalization(epsilon=epsilon, name="embedding_norm", **policy)
+        self.embedding_norm = LayerNormalization(epsilon=epsilon, name="embedding_norm", **policy)
         self.dropout = Dropout(dropout, name="dropout", **policy)
         self.blocks = [
             self.block_class(hidden_dim, num_heads, intermediate_dim, dropout, attention_dropout,

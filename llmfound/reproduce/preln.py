@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from llmfound import models, plots, training
-from llmfound.layers import PostLNBlock, PreLNBlock
+from llmfound.layers import LayerNormalization, PostLNBlock, PreLNBlock
 from llmfound.reproduce.figure import Figure, take_steps
 from llmfound.reproduce.translation import language, step_cost, transformer
 
@@ -42,7 +42,7 @@ class Theory(keras.Model):
         super().__init__()
         self.sizes = dim, length, classes
         self.blocks = [BLOCKS[norm](dim, 1, dim) for _ in range(depth)]
-        self.norm = keras.layers.LayerNormalization(epsilon=1e-6) if BLOCKS[norm].final_norm else None
+        self.norm = LayerNormalization(epsilon=1e-6) if BLOCKS[norm].final_norm else None
         self.classes = self.add_weight(shape=(dim, classes), trainable=False, name="classes")
         self(np.zeros((1, length, dim), "float32"))
         last_matrix = self.blocks[-1].feedforward.contract.kernel

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from llmfound import kernels
+from llmfound.base import overrides
 
 
 class _Fused:
@@ -15,12 +16,19 @@ class _Fused:
     def update_step(self, gradient, variable, learning_rate):
         if self.amsgrad:
             return super().update_step(gradient, variable, learning_rate)
-        index = self._get_variable_index(variable)
+        self._update([gradient], [variable], learning_rate)
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        """All at once where that is one call: two hundred took a tenth of the time of a small BERT's step."""
+        one_by_one = self.amsgrad or overrides(self, _Fused, "update_step")
+        if keras.backend.backend() != "torch" or one_by_one:
+            return super()._backend_update_step(grads, trainable_variables, learning_rate)
+        self._update(grads, trainable_variables, learning_rate)
+
+    def _update(self, gradients, variables, learning_rate):
         step = ops.cast(self.iterations, "float32") + 1 if self.bias_correction else math.inf
-        kernels.adam_update(
-            variable, gradient, self._momentums[index], self._velocities[index], learning_rate, step, self.beta_1,
-            self.beta_2, self.epsilon,
-        )  # fmt: skip
+        moments = zip(*((self._momentums[i], self._velocities[i]) for i in map(self._get_variable_index, variables)))
+        kernels.adam_update(variables, gradients, *moments, learning_rate, step, self.beta_1, self.beta_2, self.epsilon)
 
 
 @keras.saving.register_keras_serializable("llmfound")
