@@ -11,7 +11,8 @@ from keras import ops
 TEXT = """Milliseconds of the fastest call, forward and backward, compiled by XLA on JAX and as a graph on TensorFlow:
 `dropout` of {batch} x {dim} numbers; `truncated_normal`, {vocabulary} x {dim} of them, forward alone;
 `token_cross_entropy` of {batch} x {vocabulary} logits, label smoothing 0.1;
-`adam_update` of the weights of {layers} layers of width {dim} and {vocabulary} embeddings; `embed`, {batch} rows of
+`adam_update` of the weights of {layers} layers of width {dim} and {vocabulary} embeddings, `clip_gradients` of the
+matrices of such layers; `embed`, {batch} rows of
 those; `recurrence`, a tanh unit of width {dim} over {length} positions of {sentences} sentences, `gru` with r before
 its product and `lstm` likewise;
 `additive_scores` of {length} queries and {length} keys of width {dim} for {sentences} sentences; `write` of one token
@@ -130,6 +131,12 @@ def adam_update(kernel, sizes):
         return [scope.get_current_value(variable) for variable in variables]
 
     return lambda: jax.block_until_ready(run([variable.value for variable in variables], 10.0))
+
+
+def clip_gradients(kernel, sizes):
+    dim, inner = sizes["dim"], sizes["inner"]
+    gradients = [normal(*shape) for shape in ([(dim, dim)] * 4 + [(dim, inner), (inner, dim)]) * sizes["layers"]]
+    return forward(lambda *gradients: kernel(gradients, 1.0)[-1], *gradients)
 
 
 def update_if(kernel, sizes):
@@ -306,8 +313,8 @@ def fast_matmul(kernel, sizes):
 
 CASES = [
     dense, layer_norm, split_heads, join_heads, attention_weights, dot_product_attention, dropout, truncated_normal,
-    token_cross_entropy, adam_update, write, top_k, unfold, compiled, direct_call, fast_matmul, embed, additive_scores,
-    recurrence, gru, lstm, update_if, differentiate, loss_gradients,
+    token_cross_entropy, adam_update, clip_gradients, write, top_k, unfold, compiled, direct_call, fast_matmul, embed,
+    additive_scores, recurrence, gru, lstm, update_if, differentiate, loss_gradients,
 ]  # fmt: skip
 
 

@@ -414,6 +414,30 @@ def test_adam_update_of_several_variables_of_two_dtypes(body):
         assert_close(*(numpy(ops.cast(x.value, "float32")) for x in (found, expected)), tolerance)
 
 
+@pytest.mark.parametrize("body", bodies("clip_gradients"))
+@pytest.mark.parametrize("norm", [0.5, 100.0])
+def test_clip_gradients(body, norm):
+    arrays = [random(3), random(2, 4, seed=1), np.float32(2.0)]
+    total = np.sqrt(sum((x.astype("float64") ** 2).sum() for x in arrays))
+    for found, x in zip(body([ops.convert_to_tensor(x) for x in arrays], norm), arrays):
+        assert_close(numpy(found), x * min(norm / total, 1), 1e-6)
+
+
+@pytest.mark.parametrize("body", bodies("clip_gradients"))
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_clip_gradients_that_are_no_numbers(body, wrong):
+    found = body([ops.convert_to_tensor(np.float32([1, wrong])), ops.ones(2)], 1.0)
+    assert all(np.isnan(numpy(x)).all() for x in found)
+
+
+@pytest.mark.parametrize("body", bodies("clip_gradients"))
+def test_clip_gradients_of_two_dtypes_and_of_zeros(body):
+    found = body([ops.full((3,), 3.0, "bfloat16"), ops.full((3,), 4.0)], 1.0)
+    assert [keras.backend.standardize_dtype(x.dtype) for x in found] == ["bfloat16", "float32"]
+    assert_close(numpy(found[1]), np.full(3, 4 / 75**0.5), 1e-5)
+    assert not numpy(body([ops.zeros((3,))], 1.0)[0]).any()
+
+
 def variables_of(*arrays):
     return [keras.Variable(array) for array in arrays]
 

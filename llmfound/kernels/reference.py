@@ -19,6 +19,7 @@ __all__ = [
     "portable_bits",
     "token_cross_entropy",
     "adam_update",
+    "clip_gradients",
     "update_if",
     "differentiate",
     "loss_gradients",
@@ -203,6 +204,21 @@ def adam_update(variables, gradients, momentums, velocities, learning_rate, step
         momentum.assign(momentum + (gradient - momentum) * (1 - beta_1))
         velocity.assign(velocity + (ops.square(gradient) - velocity) * (1 - beta_2))
         variable.assign(variable - ops.cast(alpha, variable.dtype) * momentum / (ops.sqrt(velocity) + epsilon))
+
+
+def clip_gradients(gradients, norm):
+    """Gradients times norm / n if n, the norm of them all together, is larger; NaN or infinite, they become NaN.
+
+    Args:
+        gradients: list of float tensors, used up.
+        norm: float, above 0.
+
+    Returns:
+        list of float tensors.
+    """
+    found = ops.sqrt(sum(ops.sum(ops.square(ops.cast(x, "float32"))) for x in gradients))
+    scale = ops.minimum(norm / found, 1.0) + (found - found)
+    return [x * ops.cast(scale, x.dtype) for x in gradients]
 
 
 def update_if(condition, update, variables):

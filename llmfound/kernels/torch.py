@@ -19,6 +19,7 @@ __all__ = [
     "truncated_normal",
     "token_cross_entropy",
     "adam_update",
+    "clip_gradients",
     "update_if",
     "differentiate",
     "loss_gradients",
@@ -198,6 +199,16 @@ def adam_update(variables, gradients, momentums, velocities, learning_rate, step
                 values, found, first, second, [], [step.to(values[0].device)] * len(rows), lr=float(learning_rate),
                 beta1=beta_1, beta2=beta_2, weight_decay=0.0, eps=epsilon, amsgrad=False, maximize=False,
             )  # fmt: skip
+
+
+def clip_gradients(gradients, norm):
+    """In place, and all in a few calls, where Keras makes four for each and a copy of them all."""
+    gradients = list(gradients)
+    with torch.no_grad():
+        found = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+        scale = torch.clamp(norm / found, max=1.0) + (found - found)
+        torch._foreach_mul_(gradients, scale)
+    return gradients
 
 
 def update_if(condition, update, variables):
