@@ -273,6 +273,7 @@ def direct_call(layer, args, kwargs):
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
         or layer._remat_mode
         or layer.activity_regularizer is not None
         or layer.quantization_mode is not None
