@@ -285,7 +285,7 @@ def direct_call(kernel, sizes):
     layer, x = FeedForward(sizes["head_dim"], sizes["head_dim"]), position(sizes)[..., : sizes["head_dim"]]
     layer(x)
     call = lambda x: keras.layers.Layer.__call__(layer, x)  # noqa: E731  the full call
-    return forward(lambda x: layer.call(x) if kernel(layer, x) else call(x), x)
+    return forward(lambda x: layer.call(x) if kernel(layer, (x,), {}) else call(x), x)
 
 
 def call_model(model, inputs):
