@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -113,6 +114,15 @@ def assert_equals_numpy(name, definition, *values, call=lambda body: body, value
 def test_every_override_has_a_test_here(name):
     source = pathlib.Path(__file__).read_text()
     assert f'"{name}"' in source or f"kernels.{name}(" in source
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the other backends compile each of them")
+def test_every_benchmark_runs(monkeypatch):
+    folder = pathlib.Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    cases = runpy.run_path(folder / "kernels.py")
+    for call in cases["build"](cases["SMOKE"]).values():
+        call()
 
 
 @pytest.mark.parametrize("name", kernels.native.__all__)
