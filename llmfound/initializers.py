@@ -33,6 +33,32 @@ class TruncatedNormal(keras.initializers.TruncatedNormal):
         return kernels.truncated_normal(shape, self.mean, self.stddev, dtype, self.seed)
 
 
+@keras.saving.register_keras_serializable("llmfound")
+class SquareOrthogonal(keras.initializers.Initializer):
+    """Square orthogonal matrices side by side, each drawn by itself: for the recurrent kernel (n, k n) of k gates.
+
+    keras.initializers.Orthogonal would make the rows of the whole orthogonal, and no gate's own matrix.
+    Source: Bahdanau, Cho, Bengio 2015, appendix B.1.
+
+    Args:
+        seed: int; None follows keras.utils.set_random_seed.
+    """
+
+    def __init__(self, seed=None):
+        self.seed = seed
+
+    def __call__(self, shape, dtype=None):
+        n, width = shape
+        if width % n:
+            raise ValueError(f"SquareOrthogonal fills (n, k n); got shape {tuple(shape)}.")
+        seeds = [None if self.seed is None else self.seed + i for i in range(width // n)]
+        blocks = [keras.initializers.Orthogonal(seed=seed)((n, n), dtype="float32") for seed in seeds]  # no QR in less
+        return keras.ops.cast(keras.ops.concatenate(blocks, axis=1), dtype or keras.config.floatx())
+
+    def get_config(self):
+        return {"seed": self.seed}
+
+
 def fresh(initializer):
     """A copy of an initializer for a weight of its own: one instance gives every weight of a shape the same numbers."""
     return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer

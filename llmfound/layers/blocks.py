@@ -7,7 +7,8 @@ from keras import ops
 from llmfound.base import Layer, lean
 from llmfound.layers.attention import MultiHeadAttention, MultiHeadSelfAttention
 from llmfound.layers.dropout import Dropout
-from llmfound.layers.feedforward import FeedForward, LayerNormalization
+from llmfound.layers.feedforward import FeedForward
+from llmfound.layers.normalization import LayerNormalization
 
 
 class TransformerBlock(Layer):

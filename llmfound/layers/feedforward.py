@@ -1,7 +1,6 @@
 """The position-wise network of a Transformer layer, and the maxout of RNNsearch's output."""
 
 from keras import layers, ops
-from keras.backend import standardize_dtype
 
 from llmfound import kernels
 from llmfound.base import Configured, Direct, Layer, lean, overrides
@@ -21,22 +20,6 @@ class Dense(Direct, Configured, layers.Dense):
 
     def quantize(self, mode=None, type_check=True, config=None):
         return super().quantize(mode, type_check=False, config=config)  # Keras refuses its subclasses otherwise
-
-
-class LayerNormalization(Direct, Configured, layers.LayerNormalization):
-    """keras.layers.LayerNormalization, which is one call where the framework has one (`kernels.layer_norm`).
-
-    Arguments, weights and results are Keras's.
-    """
-
-    def call(self, inputs):
-        if (
-            self.axis != [-1]
-            or self.rms_scaling
-            or {self.compute_dtype, standardize_dtype(inputs.dtype)} != {"float32"}
-        ):
-            return super().call(inputs)
-        return kernels.layer_norm(inputs, self.gamma, self.beta, self.epsilon)
 
 
 class KernelDense(Dense):

@@ -8,7 +8,8 @@ from llmfound import kernels
 from llmfound.base import Layer
 from llmfound.initializers import TruncatedNormal
 from llmfound.layers.dropout import Dropout
-from llmfound.layers.feedforward import Dense, LayerNormalization
+from llmfound.layers.feedforward import Dense
+from llmfound.layers.normalization import LayerNormalization
 from llmfound.ops import concat_pool, gather_positions
 
 
