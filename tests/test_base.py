@@ -499,6 +499,40 @@ def test_layers_that_are_not_told_whether_it_is_training_take_it_from_around(tra
         assert layer in full_calls and layer.first not in full_calls
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the other backends compile")
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "bfloat16"])
+@pytest.mark.parametrize("name", ["BERTClassifier", "Transformer", "RNNsearch", "ULMFiT"])
+def test_training_by_direct_calls_is_training_by_full_ones(name, policy, monkeypatch):
+    ids = np.random.default_rng(0).integers(1, 11, (4, 5)).astype("int32")
+    ids[1, 3:] = 0
+    pair = dict(source_ids=ids, target_ids=ids)
+    make, x, y = {
+        "BERTClassifier": (lambda m: m.BERTClassifier(m.BERT(11, 2, 8, 2, 16), 3), dict(token_ids=ids), ids[:, 0] % 3),
+        "Transformer": (lambda m: m.Transformer(11, 2, 8, 2, 16, norm="pre", attention_dropout=0.1), pair, ids),
+        "RNNsearch": (lambda m: m.RNNsearch(11, 11, 8, 8, 8, 4, dropout=0.1), pair, ids),
+        "ULMFiT": (lambda m: m.ULMFiT(11, 8, 12), dict(token_ids=ids), ids),
+    }[name]
+    found = []
+    keras.config.set_dtype_policy(policy)
+    try:
+        for direct in (True, False):
+            if not direct:
+                monkeypatch.setattr(llmfound.kernels, "direct_call", lambda layer, args, kwargs: False)
+            keras.utils.set_random_seed(3)
+            model = make(llmfound.models)
+            model.compile(
+                llmfound.training.Adam(0.01, global_clipnorm=1.0),
+                keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0),
+            )
+            model.fit(x, y, batch_size=2, epochs=2, shuffle=False, verbose=0)
+            found.append([ops.convert_to_numpy(ops.cast(weight, "float32")) for weight in model.weights])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert len(found[0]) == len(found[1])
+    for direct, full in zip(*found):
+        assert_close(direct, full, tolerance=1e-6)
+
+
 def test_what_is_wrong_in_a_direct_call_is_told_by_the_full_one():
     layer = Dense(3)
     layer(X)
