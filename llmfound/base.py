@@ -85,12 +85,34 @@ class Direct:
 
         def __call__(self, *args, **kwargs):
             known = not self.heeds_training or kwargs.get("training") is getattr(_within, "training", "unknown")
-            if known and self.built and kernels.direct_call(self, args, kwargs):
+            if known and args and self.built and kernels.direct_call(self, args, kwargs):
                 try:
-                    return self.call(*args, **kwargs)
+                    given, mask = _masks(self, args, kwargs)
+                    if mask is None:
+                        return self.call(*args, **given)
+                    if self.supports_masking:
+                        result = self.call(*args, **given)
+                        self._set_mask_metadata(args[0], result, mask)
+                        return result
                 except Exception:  # the full call says more about it
                     pass
             return super().__call__(*args, **kwargs)
+
+
+def _masks(layer, args, kwargs):
+    """The keyword arguments with the masks that tensors bring, and the mask of the result, as the full call has them.
+
+    Where one tensor is given its mask becomes `mask`; where there are more, that of `x` becomes `x_mask`.
+    """
+    if any(hasattr(x, "_keras_mask") for x in (*args, *kwargs.values())):
+        names = layer.call_signature_parameters
+        tensors = {k: x for k, x in (*zip(names, args), *kwargs.items()) if keras.ops.is_tensor(x)}
+        for k, x in tensors.items():
+            name = f"{k}_mask" if len(tensors) > 1 else "mask"
+            if name in names and kwargs.get(name) is None:
+                kwargs = {**kwargs, name: getattr(x, "_keras_mask", None)}
+    mask = kwargs.get("mask")
+    return kwargs, getattr(args[0], "_keras_mask", None) if mask is None else mask
 
 
 class Layer(Direct, BuiltByCall, Configured, keras.layers.Layer):

@@ -285,7 +285,7 @@ def direct_call(layer, args, kwargs):
     dtype = getattr(torch, name)
     for x in (*args, *kwargs.values()):
         if type(x) is torch.Tensor:
-            if (x.dtype != dtype and x.is_floating_point()) or hasattr(x, "_keras_mask"):
+            if x.dtype != dtype and x.is_floating_point():
                 return False
         elif x is not None and x is not True and x is not False:
             return False
