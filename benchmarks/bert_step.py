@@ -13,7 +13,8 @@ COMMON = """a vocabulary of 30522 tied between embeddings and output, texts of 1
 also on the attention weights, AdamW with weight decay. "oneDNN" is the same system after
 `torch.set_float32_matmul_precision("medium")`, which is what `llmfound.kernels.fast_matmul()` sets; "graph" and "XLA"
 are `compile(jit_compile=False)` and `True`. "gathered" is transformers with the 20 predicted places gathered by hand
-before its head, which else runs at all places; transformers has PyTorch's fused AdamW. tokens/s counts the pieces."""
+before its head, which else runs at all places; transformers has PyTorch's fused AdamW. llmfound's last block computes
+the predicted places alone, and of the others keys and values. tokens/s counts the pieces."""
 TRAIN = f"One step predicts 20 masked words of each text: forward, backward and update; {COMMON}"
 SIZES = {
     "4 layers, width 256": dict(layers=4, dim=256, heads=4, batch=16),

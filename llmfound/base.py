@@ -122,6 +122,18 @@ class Layer(Direct, BuiltByCall, Configured, keras.layers.Layer):
         super().__init_subclass__(**kwargs)
         cls.heeds_training = "training" in inspect.signature(cls.call).parameters
 
+    def compute_output_shape(self, *shapes, **named):
+        """For one input, by a trace of `call`: wrappers such as keras.layers.TimeDistributed ask for it."""
+        if named or len(shapes) != 1:
+            return super().compute_output_shape(*shapes, **named)
+        spec = self.compute_output_spec(keras.KerasTensor(shapes[0], self.compute_dtype))
+        return keras.tree.map_structure(lambda x: x.shape, spec)
+
+    def compute_output_spec(self, *args, **kwargs):
+        if overrides(self, Layer, "compute_output_shape"):
+            return super().compute_output_spec(*args, **kwargs)
+        return keras.Operation.compute_output_spec(self, *args, **kwargs)  # a trace: it tells dtypes as well
+
     def get_build_config(self):
         """What each sublayer was built from: a shape for the layer as a whole would not say how to call it."""
         return {"own": super().get_build_config(), "sublayers": [layer.get_build_config() for layer in self._layers]}

@@ -565,6 +565,32 @@ def test_masks_come_and_go_in_direct_calls_as_in_full_ones(make, given, brings, 
     assert getattr(direct, "_keras_mask", None) is getattr(full, "_keras_mask", None)
 
 
+@pytest.mark.parametrize("name", ["PreLNBlock", "FeedForward", "MultiHeadSelfAttention"])
+def test_wrappers_can_ask_for_the_shape_of_the_result(name):
+    arguments = {"PreLNBlock": (8, 2, 16), "FeedForward": (8, 16), "MultiHeadSelfAttention": (8, 2)}[name]
+    layer = getattr(llmfound.layers, name)(*arguments)
+    inputs = keras.Input((4, 5, 8))  # 4 sentences of a document
+    model = keras.Model(inputs, keras.layers.TimeDistributed(layer)(inputs))
+    assert model.output_shape == (None, 4, 5, 8) and layer.compute_output_shape((3, 5, 8)) == (3, 5, 8)
+    x = np.random.default_rng(0).normal(size=(3, 4, 5, 8)).astype("float32")
+    for t in range(4):
+        assert_close(model(x)[:, t], layer(x[:, t]), tolerance=1e-6)
+
+
+class Halved(llmfound.Layer):
+    def call(self, x, other=None):
+        return x[:, ::2]
+
+    def compute_output_shape(self, shape):
+        return shape[0], 77, *shape[2:]
+
+
+def test_a_layers_own_shape_of_the_result_is_the_one_that_counts():
+    assert Halved()(keras.KerasTensor((3, 5, 8))).shape == (3, 77, 8)
+    with pytest.raises(NotImplementedError, match="compute_output_shape"):
+        llmfound.layers.MultiHeadAttention(8, 2).compute_output_shape(query_shape=(3, 5, 8), memory_shape=(3, 4, 8))
+
+
 def test_what_is_wrong_in_a_direct_call_is_told_by_the_full_one():
     layer = Dense(3)
     layer(X)

@@ -378,8 +378,8 @@ def test_the_gradient_of_token_cross_entropy_can_be_differentiated():
 
 
 @pytest.mark.parametrize("body", bodies("adam_update"))
-@pytest.mark.parametrize("epsilon", [1e-9, 1e-3])
-def test_adam_update(body, epsilon):
+@pytest.mark.parametrize("epsilon, decay", [(1e-9, 0.0), (1e-3, 0.0), (1e-9, 0.5)])
+def test_adam_update(body, epsilon, decay):
     w, m, v = random(4, 3).astype("float64"), np.zeros((4, 3)), np.zeros((4, 3))
     variables = [keras.Variable(x.astype("float32")) for x in (w, m, v)]
     for step in range(1, 6):
@@ -387,10 +387,11 @@ def test_adam_update(body, epsilon):
         gradient = random(4, 3, seed=step) * 10.0 ** np.arange(-5, 1, 2)[: w.shape[1]].astype("float32")
         m += (1 - 0.9) * (gradient - m)
         v += (1 - 0.98) * (gradient.astype("float64") ** 2 - v)
+        w -= rate * decay * w
         w -= rate * np.sqrt(1 - 0.98**step) / (1 - 0.9**step) * m / (np.sqrt(v) + epsilon)
         body(
             variables[:1], [ops.convert_to_tensor(gradient)], variables[1:2], variables[2:],
-            ops.convert_to_tensor(rate), ops.convert_to_tensor(float(step)), 0.9, 0.98, epsilon,
+            ops.convert_to_tensor(rate), ops.convert_to_tensor(float(step)), 0.9, 0.98, epsilon, decay,
         )  # fmt: skip
         for variable, exact, what in zip(variables, (w, m, v), ("weights", "momentum", "velocity")):
             # the momentum of a float32 in torch's form, and 1 - 0.98^step, lose the last digits

@@ -185,25 +185,29 @@ def token_cross_entropy(logits, labels, smoothing=0.0):
     return ops.where((labels >= 0) & (labels < logits.shape[-1]), loss, math.nan)
 
 
-def adam_update(variables, gradients, momentums, velocities, learning_rate, step, beta_1, beta_2, epsilon):
+def adam_update(
+    variables, gradients, momentums, velocities, learning_rate, step, beta_1, beta_2, epsilon, weight_decay=0.0
+):
     """One Adam update of several variables, in place, in the form that Keras and TensorFlow share.
 
     m = m + (1 - beta_1)(g - m);  v = v + (1 - beta_2)(g^2 - v)
-    w = w - rate sqrt(1 - beta_2^step) / (1 - beta_1^step) m / (sqrt(v) + epsilon)
-    Source: Kingma and Ba 2015, section 2, the variant at its end.
+    w = (1 - rate weight_decay) w - rate sqrt(1 - beta_2^step) / (1 - beta_1^step) m / (sqrt(v) + epsilon)
+    Source: Kingma and Ba 2015, section 2, the variant at its end; decay of Loshchilov and Hutter 2019.
 
     Args:
         variables, momentums, velocities: lists of variables w, m, v.
         gradients: list of float tensors, each the shape of its variable.
         learning_rate, step: scalars; step counts from 1.
-        beta_1, beta_2, epsilon: Python floats.
+        beta_1, beta_2, epsilon, weight_decay: Python floats.
     """
+    kept = 1 - learning_rate * weight_decay
     alpha = learning_rate * ops.sqrt(1 - ops.power(beta_2, step)) / (1 - ops.power(beta_1, step))
     for variable, gradient, momentum, velocity in zip(variables, gradients, momentums, velocities):
         gradient = ops.cast(gradient, variable.dtype)
         momentum.assign(momentum + (gradient - momentum) * (1 - beta_1))
         velocity.assign(velocity + (ops.square(gradient) - velocity) * (1 - beta_2))
-        variable.assign(variable - ops.cast(alpha, variable.dtype) * momentum / (ops.sqrt(velocity) + epsilon))
+        change = ops.cast(alpha, variable.dtype) * momentum / (ops.sqrt(velocity) + epsilon)
+        variable.assign((variable * ops.cast(kept, variable.dtype) if weight_decay else variable) - change)
 
 
 def clip_gradients(gradients, norm):

@@ -42,17 +42,22 @@ def token_cross_entropy(logits, labels, smoothing=0.0):
     return tf.where((labels >= 0) & (labels < classes), loss, math.nan)
 
 
-def adam_update(variables, gradients, momentums, velocities, learning_rate, step, beta_1, beta_2, epsilon):
+def adam_update(
+    variables, gradients, momentums, velocities, learning_rate, step, beta_1, beta_2, epsilon, weight_decay=0.0
+):
     """TensorFlow's fused Adam; see `reference.adam_update`."""
     for variable, gradient, momentum, velocity in zip(variables, gradients, momentums, velocities):
         gradient = tf.convert_to_tensor(gradient)
         if variable.dtype == "bfloat16":  # in which 0.999, which the fused one reads in the variable's type, is 1
             reference.adam_update(
-                [variable], [gradient], [momentum], [velocity], learning_rate, step, beta_1, beta_2, epsilon
-            )
+                [variable], [gradient], [momentum], [velocity], learning_rate, step, beta_1, beta_2, epsilon,
+                weight_decay,
+            )  # fmt: skip
             continue
         var, m, v = (v if isinstance(v, tf.Variable) else v.value for v in (variable, momentum, velocity))
         dtype = var.dtype
+        if weight_decay:
+            var.assign(var * tf.cast(1 - learning_rate * weight_decay, dtype))
         tf.raw_ops.ResourceApplyAdam(
             var=var.handle, m=m.handle, v=v.handle, beta1_power=tf.cast(tf.pow(beta_1, step), dtype),
             beta2_power=tf.cast(tf.pow(beta_2, step), dtype), lr=tf.cast(learning_rate, dtype), beta1=beta_1,

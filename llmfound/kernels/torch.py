@@ -181,8 +181,10 @@ def _chunks(logits, labels, *others):
     return zip(*(x.split(rows) for x in (logits, labels[:, None], *others)))
 
 
-def adam_update(variables, gradients, momentums, velocities, learning_rate, step, beta_1, beta_2, epsilon):
-    """torch's fused Adam, of all variables of a dtype at once.
+def adam_update(
+    variables, gradients, momentums, velocities, learning_rate, step, beta_1, beta_2, epsilon, weight_decay=0.0
+):
+    """torch's fused AdamW, of all variables of a dtype at once, the decay in the same pass over memory.
 
     Its epsilon stands after the bias correction, so it is rescaled to mean the same.
     """
@@ -195,9 +197,9 @@ def adam_update(variables, gradients, momentums, velocities, learning_rate, step
     for rows in alike.values():
         values, first, second, found = map(list, zip(*rows))
         with torch.no_grad():
-            torch._fused_adam_(
+            torch._fused_adamw_(
                 values, found, first, second, [], [step.to(values[0].device)] * len(rows), lr=float(learning_rate),
-                beta1=beta_1, beta2=beta_2, weight_decay=0.0, eps=epsilon, amsgrad=False, maximize=False,
+                beta1=beta_1, beta2=beta_2, weight_decay=weight_decay, eps=epsilon, amsgrad=False, maximize=False,
             )  # fmt: skip
 
 

@@ -209,13 +209,24 @@ class MultiHeadSelfAttention(MultiHeadAttention):
             that came with x, if one did.
         bias: float, broadcastable to (batch, heads, length, length).
         return_weights: whether to return the attention weights, too.
+        context: float (batch, context_length, dim), the whole sequence, where x is some rows of it alone; not for a
+            causal layer, which could not tell their places.
+        context_mask: bool (batch, context_length), True at real tokens of the context.
 
     Returns:
         float (batch, length, hidden_dim); with `return_weights` also float32 (batch, heads, length, length).
+
+    Raises:
+        ValueError: as in MultiHeadAttention, or if a causal layer is given a context.
     """
 
-    def call(self, x, mask=None, bias=None, return_weights=False, training=None, x_mask=None):
-        return super().call(x, x, x_mask if mask is None else mask, bias, return_weights, training)
+    def call(self, x, mask=None, bias=None, return_weights=False, training=None, x_mask=None, context=None,
+             context_mask=None):  # fmt: skip
+        if context is None:
+            return super().call(x, x, x_mask if mask is None else mask, bias, return_weights, training)
+        if self.causal:
+            raise ValueError(f"{self.name} is causal, and cannot tell which rows of the context x is; leave it out.")
+        return super().call(x, context, context_mask if mask is None else mask, bias, return_weights, training)
 
     def step(self, x, cache, position):
         """For decoding: one new position, (rows, 1, dim), looks at itself and those before it.

@@ -38,6 +38,9 @@ class TransformerBlock(Layer):
         memory_mask: bool (batch, memory_length), likewise, for the memory.
         bias: float, broadcastable to (batch, heads, length, length), added to the self-attention's scores.
         return_weights: whether to return the attention weights, too.
+        context: float (batch, context_length, hidden_dim), where x is some of its rows: the rest is read only, which
+            spares a last block the rows that nobody asks for. Not for a causal block.
+        context_mask: bool (batch, context_length), True at real tokens of the context.
 
     Returns:
         float (batch, length, hidden_dim); with `return_weights` also a dict of float32 arrays: "self" (batch, heads,
@@ -77,13 +80,27 @@ class TransformerBlock(Layer):
         """One sub-layer with its residual connection."""
         raise NotImplementedError(f"{type(self).__name__} must say where its norm stands: override residual().")
 
+    def read(self, x, norm):
+        """What a sub-layer with this norm reads of x."""
+        raise NotImplementedError(f"{type(self).__name__} must say what a sub-layer reads: override read().")
+
+    def row_by_row(self):
+        """Whether this is known to treat each row alike, so that some rows and a context are enough: no variant."""
+        parts = self, self.attention, self.feedforward
+        known = PostLNBlock, PreLNBlock, MultiHeadSelfAttention, FeedForward
+        changed = any(type(part) not in known or "call" in vars(part) for part in parts)
+        return not changed and not self.attention.causal
+
     def drop(self, x, training=None):
         """A sub-layer's output, some of it dropped in training."""
         return self.dropout(x, training=training) if training else x
 
-    def call(self, x, memory=None, mask=None, memory_mask=None, bias=None, return_weights=False, training=None):
+    def call(self, x, memory=None, mask=None, memory_mask=None, bias=None, return_weights=False, training=None,
+             context=None, context_mask=None):  # fmt: skip
         self._check_memory(memory)
-        weights = {}
+        weights, seen = {}, {}
+        if context is not None:
+            seen = dict(context=self.read(context, self.attention_norm), context_mask=context_mask)
 
         def keep(name, attended):
             if return_weights:
@@ -92,7 +109,10 @@ class TransformerBlock(Layer):
 
         options = dict(return_weights=return_weights, training=training)
         x = self.residual(
-            x, self.attention_norm, lambda y: keep("self", self.attention(y, mask=mask, bias=bias, **options)), training
+            x,
+            self.attention_norm,
+            lambda y: keep("self", self.attention(y, mask=mask, bias=bias, **seen, **options)),
+            training,
         )
         if memory is not None:
             x = self.residual(
@@ -156,6 +176,9 @@ class PostLNBlock(TransformerBlock):
     def residual(self, x, norm, sublayer, training=None):
         return norm(x + self.drop(sublayer(x), training))
 
+    def read(self, x, norm):
+        return x
+
 
 class PreLNBlock(TransformerBlock):
     """Transformer layer with the norm before each sub-layer: x + Dropout(Sublayer(LayerNorm(x))).
@@ -168,3 +191,6 @@ class PreLNBlock(TransformerBlock):
 
     def residual(self, x, norm, sublayer, training=None):
         return x + self.drop(sublayer(norm(x)), training)
+
+    def read(self, x, norm):
+        return norm(x)

@@ -40,7 +40,7 @@ class MaskedLMHead(Head):
 
     Call arguments:
         x: float (batch, length, dim), the encoder's output.
-        masked_positions: int (batch, n), 0 to length - 1.
+        masked_positions: int (batch, n), 0 to length - 1; None where x has these alone, (batch, n, dim).
         embeddings: float (vocab_size, hidden_dim), the matrix of the token embedding.
 
     Returns:
@@ -78,7 +78,8 @@ class MaskedLMHead(Head):
                 f"embeddings must be (vocab_size, hidden_dim) = ({self.vocab_size}, {self.hidden_dim}); "
                 f"got {tuple(embeddings.shape)}."
             )
-        x = self.norm(self.activation(self.dense(gather_positions(x, masked_positions))))
+        x = x if masked_positions is None else gather_positions(x, masked_positions)
+        x = self.norm(self.activation(self.dense(x)))
         return tied_logits(x, embeddings, self.bias)
 
 

@@ -18,7 +18,7 @@ from llmfound.layers import (
     PositionEmbedding,
     PostLNBlock,
 )
-from llmfound.ops import gelu_tanh, padding_mask
+from llmfound.ops import gather_positions, gelu_tanh, padding_mask
 
 EPSILON = 1e-12
 ACTIVATIONS = {"gelu_tanh": gelu_tanh}  # beside those that Keras knows by name
@@ -48,9 +48,11 @@ class BERTEncoder(Layer):
         token_ids: int (batch, length).
         segment_ids: int (batch, length), 0 or 1; None is 0 everywhere.
         mask: bool or int (batch, length), True at the tokens that are attended to; None takes all but pad_id.
+        places: int (batch, n), the tokens whose vectors are wanted; None is all. Of others the last block computes no
+            more than their keys and values: a sixth of it.
 
     Returns:
-        float (batch, length, hidden_dim).
+        float (batch, length, hidden_dim), or (batch, n, hidden_dim).
     """
 
     block_class = PostLNBlock
@@ -90,12 +92,20 @@ class BERTEncoder(Layer):
         x = self.position_embedding(self.token_embedding(token_ids) + self.segment_embedding(segment_ids))
         return self.dropout(self.embedding_norm(x), training=training)
 
-    def call(self, token_ids, segment_ids=None, mask=None, training=None):
+    def compute_mask(self, inputs, mask=None):
+        return None  # the last block's result brings its own, which that of some places has not
+
+    def call(self, token_ids, segment_ids=None, mask=None, training=None, places=None):
         mask = padding_mask(token_ids, self.pad_id) if mask is None else mask
         x = self.embed(token_ids, segment_ids, training)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, mask=mask, training=training)
-        return x
+        if places is None:
+            return last(x, mask=mask, training=training)
+        if getattr(last, "row_by_row", bool)():
+            return last(gather_positions(x, places), context=x, context_mask=mask, training=training)
+        return gather_positions(last(x, mask=mask, training=training), places)
 
     def layer_groups(self):
         embedding = [self.token_embedding, self.segment_embedding, self.position_embedding, self.embedding_norm]
@@ -145,10 +155,14 @@ class _OnEncoder(Model):
             if x is not None and tuple(x.shape) != tuple(ids.shape):
                 raise ValueError(f"{name} must have the shape of token_ids, {tuple(ids.shape)}; got {tuple(x.shape)}.")
 
-    def encode(self, inputs, training=None):
-        """The vectors of all tokens, float (batch, length, hidden_dim)."""
+    def encode(self, inputs, training=None, places=None):
+        """The vectors of all tokens, float (batch, length, hidden_dim), or of those at int places (batch, n)."""
         ids, segments, mask = (inputs.get(name) for name in ("token_ids", "segment_ids", "mask"))
-        return self.encoder(ids, segment_ids=segments, mask=mask, training=training)
+        return self.encoder(ids, segment_ids=segments, mask=mask, training=training, places=places)
+
+    def pool(self, inputs, training=None):
+        """The vectors of the whole texts, float (batch, hidden_dim), for which the last block reads one token."""
+        return self.pooler(self.encode(inputs, training, ops.zeros_like(inputs["token_ids"][:, :1])))
 
     def layer_groups(self):
         """Lists of layers, bottom to top: the embeddings, each block, and what stands above them."""
@@ -249,11 +263,12 @@ class BERTPretraining(_OnEncoder):
             raise ValueError(f"masked_positions must be 0 to {ids.shape[1] - 1}; got up to {places.max()}.")
 
     def call(self, inputs, training=None):
-        sequence = self.encode(inputs, training)
-        found = {"masked_lm": self.masked_lm(sequence, inputs["masked_positions"], self.encoder.embeddings)}
-        if self.next_sentence is not None:
-            found["next_sentence"] = self.next_sentence(self.pooler(sequence))
-        return found
+        places = inputs["masked_positions"]
+        if self.next_sentence is None:
+            return {"masked_lm": self.masked_lm(self.encode(inputs, training, places), None, self.encoder.embeddings)}
+        rows = self.encode(inputs, training, ops.pad(places, [[0, 0], [1, 0]]))  # and the first token
+        return {"masked_lm": self.masked_lm(rows[:, 1:], None, self.encoder.embeddings),
+                "next_sentence": self.next_sentence(self.pooler(rows))}  # fmt: skip
 
 
 class BERTClassifier(_OnEncoder):
@@ -285,8 +300,7 @@ class BERTClassifier(_OnEncoder):
         self.classes = self.head(num_classes, "classes")
 
     def call(self, inputs, training=None):
-        pooled = self.pooler(self.encode(inputs, training))
-        return self.classes(self.dropout(pooled, training=training))
+        return self.classes(self.dropout(self.pool(inputs, training), training=training))
 
 
 class BERTTokenClassifier(_OnEncoder):
@@ -368,5 +382,5 @@ class BERTMultipleChoice(_OnEncoder):
     def call(self, inputs, training=None):
         _, choices, length = ops.shape(inputs["token_ids"])
         rows = {name: ops.reshape(x, (-1, length)) for name, x in inputs.items() if x is not None}
-        pooled = self.pooler(self.encode(rows, training))
-        return ops.reshape(self.score(self.dropout(pooled, training=training)), (-1, choices))
+        pooled = self.dropout(self.pool(rows, training), training=training)
+        return ops.reshape(self.score(pooled), (-1, choices))

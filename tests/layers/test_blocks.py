@@ -111,6 +111,51 @@ def test_the_mask_of_an_embedding_is_used_and_passed_on(block_class):
 
 
 @BLOCKS
+@pytest.mark.parametrize("memory", [None, MEMORY])
+def test_some_rows_with_the_others_as_context(block_class, memory):
+    block = filled(block_class(**SIZES, cross_attention=memory is not None), X, memory)
+    expected, weights = block(X, memory, mask=MASK, return_weights=True)
+    rows = dict(context=X, context_mask=MASK)
+    found, some = block(X[:, 2:0:-1], memory, return_weights=True, **rows)
+    assert_close(found, numpy(expected)[:, 2:0:-1], 1e-6)
+    for name, seen in weights.items():
+        assert_close(some[name], numpy(seen)[:, :, 2:0:-1], 1e-6)
+    assert_close(block(X[:, :1], memory, context=X), numpy(block(X, memory))[:, :1], 1e-6)
+    given = [ops.convert_to_tensor(x) for x in (X[:, :1], X)]
+    assert getattr(block(given[0], memory, context=given[1], context_mask=MASK), "_keras_mask", None) is None
+
+
+def test_a_causal_block_cannot_take_some_rows():
+    with pytest.raises(ValueError, match="is causal, and cannot tell which rows of the context x is"):
+        PostLNBlock(**SIZES, causal=True)(X[:, :1], context=X)
+
+
+class OddRows(FeedForward):
+    """Reads its neighbours, too."""
+
+    def call(self, x):
+        return super().call(x + ops.roll(x, 1, axis=1))
+
+
+@BLOCKS
+def test_what_is_known_to_treat_rows_alike(block_class):
+    class Variant(block_class):
+        pass
+
+    class OfOddRows(block_class):
+        feedforward_class = OddRows
+
+    assert block_class(**SIZES).row_by_row()
+    for other in (block_class(**SIZES, causal=True), Variant(**SIZES), OfOddRows(**SIZES)):
+        assert not other.row_by_row()
+    block = block_class(**SIZES)
+    block.feedforward = OddRows(DIM, INNER)
+    assert not block.row_by_row()
+    with pytest.raises(NotImplementedError, match=r"override read\(\)"):
+        TransformerBlock(**SIZES).read(X, None)
+
+
+@BLOCKS
 @pytest.mark.parametrize("options, epsilon", [({}, 1e-6), (dict(epsilon=0.5), 0.5)])
 def test_the_epsilon_of_the_norms(block_class, options, epsilon):
     block = filled(block_class(**SIZES, **options, cross_attention=True), X, MEMORY)

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from keras import ops
 
+import llmfound
+from llmfound.layers import PostLNBlock
 from llmfound.models import (
     BERT,
     BERTClassifier,
+    BERTEncoder,
     BERTMultipleChoice,
     BERTPretraining,
     BERTQuestionAnswering,
@@ -329,3 +332,76 @@ def test_inputs_that_make_no_sense(inputs, message):
     for call in (bert.predict, bert.predict_on_batch, bert):
         with pytest.raises(ValueError, match=message):
             call({**INPUTS, **inputs})
+
+
+class Straight(PostLNBlock):
+    """A variant: of it all rows are computed."""
+
+
+class StraightEncoder(BERTEncoder):
+    block_class = Straight
+
+
+PLACES = np.array([[3, 0, 1], [2, 2, 0]], "int32")
+
+
+@pytest.mark.parametrize("encoder_class", [BERTEncoder, StraightEncoder])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, np.arange(8)[None] < np.array([[6], [3]])])
+def test_the_vectors_of_some_places(mask, causal, encoder_class):
+    encoder = encoder_class(**TINY, causal=causal)
+    whole = ops.convert_to_numpy(encoder(TOKENS, SEGMENTS, mask=mask))
+    for built in (encoder, encoder_class.from_config(encoder.get_config())):  # the second is built by the call
+        some = built(TOKENS, SEGMENTS, mask=mask, places=PLACES)
+        assert getattr(some, "_keras_mask", None) is None
+        assert [w.path for w in built.weights] == [w.path for w in encoder.weights]
+        built.set_weights(encoder.get_weights())
+        some = built(TOKENS, SEGMENTS, mask=mask, places=PLACES)
+        assert_close(some, np.take_along_axis(whole, PLACES[..., None], axis=1), 1e-6)
+
+
+@pytest.mark.parametrize("make, rows", [
+    (lambda bert: BERTClassifier(bert, 3), 1), (lambda bert: BERTPretraining(bert, next_sentence=False), 2),
+    (BERTPretraining, 3), (BERTMultipleChoice, 1), (lambda bert: BERTTokenClassifier(bert, 3), 8)
+])  # fmt: skip
+def test_the_last_block_computes_only_what_is_read(make, rows):
+    model = make(BERT(**TINY))
+    inputs = INPUTS | ({"masked_positions": MASKED} if isinstance(model, BERTPretraining) else {})
+    if isinstance(model, BERTMultipleChoice):
+        inputs = {name: x[:, None] for name, x in inputs.items()}
+    lengths = []
+    for block in model.encoder.blocks:
+        call = block.feedforward.expand.call
+        listen = lambda x, *args, call=call, **kwargs: lengths.append(x.shape[1]) or call(x, *args, **kwargs)  # noqa: E731
+        object.__setattr__(block.feedforward.expand, "call", listen)
+    found = model({name: ops.convert_to_tensor(x) for name, x in inputs.items()})
+    assert lengths == [8, rows]
+    with mock.patch.object(PostLNBlock, "row_by_row", lambda self: False):
+        expected = model({name: ops.convert_to_tensor(x) for name, x in inputs.items()})
+    assert lengths[2:] == [8, 8]
+    keras.tree.map_structure(lambda x, y: assert_close(x, y, 1e-6), found, expected)
+
+
+def test_what_is_left_out_has_no_share_in_the_gradients():
+    """One step of gradient descent is the same with the last block's other rows computed and without them."""
+    inputs = INPUTS | {"masked_positions": MASKED}
+    labels = {"masked_lm": np.array([[4, 8], [30, 6]]), "next_sentence": np.array([0, 1])}
+    bert, found = BERT(**TINY), []
+    start = bert.get_weights()
+    model = BERTPretraining(bert)
+    rest = model.get_weights()
+    for row_by_row in (True, False):
+        bert.set_weights(start), model.set_weights(rest)
+        with mock.patch.object(PostLNBlock, "row_by_row", lambda self, known=row_by_row: known):
+            model.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+            model.train_on_batch(inputs, labels)
+        found.append(model.get_weights())
+    assert max(np.abs(x - y).max() for x, y in zip(found[0], rest)) > 0.01
+    for some, every in zip(*found):
+        assert_close(some, every, 1e-5)
+
+
+def test_captured_attention_is_that_of_all_rows():
+    model = BERTClassifier(BERT(**TINY), 2)
+    captured = llmfound.attention.capture(model, INPUTS)
+    assert [x.shape for x in captured.values()] == [(2, 2, 8, 8)] * 2
