@@ -28,7 +28,8 @@ unrolled where it is compiled.
 
 Overrides that buy less than 1.15 are kept for another reason: `embed` on TensorFlow for gradients that Keras's
 optimizers read rightly, `additive_scores` there for its memory (see its own table), `compiled` on torch for inference
-mode, `fast_matmul` for the processors where it buys more; `recurrence` on torch bought 1.2 and more in other runs."""
+mode, `fast_matmul` for the processors where it buys more, `attention_weights` for the calls it saves where sizes are
+small, as in `dot_product_attention`."""
 FULL = dict(
     batch=1024, dim=512, inner=2048, vocabulary=8000, sentences=32, length=64, heads=8, head_dim=64, layers=12
 )  # fmt: skip
