@@ -117,7 +117,7 @@ def test_budget_in_real_time():
     model = make_model()
     model.fit(X, X, batch_size=1, epochs=1_000_000, verbose=0, callbacks=[budget])
     late = time.monotonic() - budget.started_at - 2
-    assert -0.2 < late < 1.5  # machines that are shared stall
+    assert -1 < late < 1.5  # machines that are shared stall, and a step that lasts longer than what is left is the last
     assert budget.rate < 0.05 * 0.5
     np.testing.assert_allclose(float(ops.convert_to_numpy(model.optimizer.learning_rate)), budget.rate, rtol=1e-5)
     assert budget.remaining < 0.2 and model.stop_training  # it ends before a step that would end too late
