@@ -5,9 +5,10 @@
 
 For each row and number of labels, the learning rate is that of --rates with which a run of seed 3 errs least on
 labelled texts of the training part that nothing trained on; then come --seeds runs, each with other texts, other first
-weights and another language model of the task, and the mean of their errors on the test part with its 95 % interval,
-or with both errors if there are two. Stage 1 is run once. Runs that are in FOLDER/runs.jsonl already are not repeated,
-so an interrupted table goes on when started again. The table is left in FOLDER/table.md.
+weights and another language model of the task. The table has the mean of their errors on the test part, and how far it
+is below that of "full" with the same texts, each with its 95 % interval, or with both values if there are two. Stage 1
+is run once. Runs that are in FOLDER/runs.jsonl already are not repeated, so an interrupted table goes on when started
+again. The table is left in FOLDER/table.md.
 """
 
 import copy
@@ -122,15 +123,19 @@ def main(options):
     options.folder.mkdir(parents=True, exist_ok=True)
     print(f"{llmfound.kernels.fast_matmul()} matrix products")
     runs = Runs(options)
-    columns = [f"{count:,} labels | rate" for count in options.few]
-    lines = [f"| error, % | {' | '.join(columns)} |", "|---" + "|--:" * 2 * len(columns) + "|"]
-    cells = {}
+    columns = [f"{count:,} labels | below full | rate" for count in options.few]
+    lines = [f"| error, % | {' | '.join(columns)} |", "|---" + "|--:" * 3 * len(columns) + "|"]
+    errors, rates = {}, {}
     for count, row in itertools.product(options.few, options.rows):
-        rate = runs.rate(row, count)
-        errors = [100 * runs.error(row, count, seed, rate, "test") for seed in range(options.seeds)]
-        cells[row, count] = f"{cell(errors)} | {rate:g}"
+        rates[row, count] = rate = runs.rate(row, count)
+        errors[row, count] = np.array([100 * runs.error(row, count, i, rate, "test") for i in range(options.seeds)])
     for row in options.rows:
-        lines.append(f"| {row} | {' | '.join(cells[row, count] for count in options.few)} |")
+        line = row
+        for count in options.few:
+            full, found = errors.get(("full", count)), errors[row, count]
+            below = "" if full is None or row == "full" else cell(full - found)
+            line += f" | {cell(found)} | {below} | {rates[row, count]:g}"
+        lines.append(f"| {line} |")
     table = "\n".join(lines)
     print(f"\n{table}")
     (options.folder / "table.md").write_text(table + "\n")

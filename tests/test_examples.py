@@ -1,6 +1,7 @@
 """The examples as a newcomer runs them, only shorter."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import llmfound
+from llmfound.reproduce.figure import cell
 
 ROOT = pathlib.Path(__file__).parents[1]
 BACKENDS = {"jax": "jax", "tensorflow": "tensorflow", "torch": "torch"}  # backend: the package it needs
@@ -131,6 +133,10 @@ def test_the_ablation_of_ulmfit_goes_on_where_it_stopped(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert shown.count("\nerror ") == 2 * (2 + 2) and shown.endswith(table + "\n" * (not shown.endswith(table)))
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| full", "| freez + discr + stlr"]
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    errors = {(row, seed): error for row, _, seed, _, part, error in runs if part == "test"}
+    below = [100 * (errors["full", seed] - errors["freez + discr + stlr", seed]) for seed in range(2)]
+    assert cell(np.array(below)) in table.splitlines()[3]
     (tmp_path / "table.md").unlink()
     again = run(keras.backend.backend(), "ulmfit_ablation.py", *options)
     assert "error " not in again.replace("| error", "") and (tmp_path / "table.md").read_text() == table
