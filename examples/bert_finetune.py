@@ -113,6 +113,8 @@ def main(options):
     task = load_task(tokenizer, options)
     print(task.train)
     model, steps, start = task.make(bert), options.epochs * len(task.train), time.perf_counter()
+    if steps < 2:
+        raise SystemExit(f"{steps} step of training has no rate to rise and fall; give more --examples or --epochs.")
     optimizer = training.AdamW(
         training.LinearWarmupDecay(options.rate, steps // 10, steps), weight_decay=0.01, epsilon=1e-6,
         exclude=["bias", "gamma", "beta"], global_clipnorm=1.0,

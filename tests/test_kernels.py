@@ -102,9 +102,14 @@ def assert_equals_numpy(name, definition, *values, call=lambda body: body, value
     expected = numeric_gradients(definition, *values)
     for body in bodies(name):
         what = f"{body.__module__}.{name}"
-        actual = call(body)(*[ops.convert_to_tensor(v) for v in values])
+        constants = [ops.convert_to_tensor(v) for v in values]
+        actual = call(body)(*constants)
         assert_close(actual, definition(*values), value_tolerance, what)
         assert_close(gradients(call(body), *values), expected, 1e-5, f"gradient of {what}")
+    if keras.backend.backend() == "torch":  # where each argument may be differentiated or not
+        for i in range(len(values)):
+            found = gradients(lambda x: call(body)(*constants[:i], x, *constants[i + 1 :]), values[i])  # noqa: B023
+            assert_close(found, expected[i : i + 1], 1e-5, f"gradient of {what} by argument {i} alone")
 
 
 # The choice of bodies
@@ -1013,6 +1018,29 @@ def test_recurrence(reverse):
     shapes = (2, 3), (2, 4), (3, 2, 3), (3, 3), (2, 3, 4), (2, 3)
     values = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
     assert_equals_numpy("recurrence", definition, *values, call=call, value_tolerance=2e-6)
+
+
+def test_a_recurrence_whose_weight_alone_is_trained():
+    state, x = random(2, 3, seed=1), random(4, 2, 3, seed=2)
+
+    def step(state, x, product, shared):
+        return ops.tanh(product("w", state) + x), state
+
+    def call(body):
+        return lambda w: body(step, ops.convert_to_tensor(state), ops.convert_to_tensor(x), {"w": w})[0]
+
+    found = [gradients(call(body), random(3, 3, seed=3)) for body in bodies("recurrence")]
+    assert_close(found[-1], found[0], 1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the others keep no graph from call to call")
+def test_a_recurrence_differentiated_twice_says_what_to_do():
+    step = lambda state, x, product, shared: (state + product("w", x), state)  # noqa: E731
+    state, x, w = (ops.convert_to_tensor(random(*shape)) for shape in [(2, 3), (4, 2, 3), (3, 3)])
+    last, _ = kernels.recurrence(step, state, x, {"w": w.requires_grad_()})
+    last.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="taken before; call the model again"):
+        last.sum().backward()
 
 
 KEPT = {"no mask": None, "mask": np.array([[0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)}

@@ -342,7 +342,8 @@ class _Recurrence(torch.autograd.Function):
 
         def product(name, left):
             factors[name].append(left)
-            products[name].append(reference.times(left, weights[name].detach()))
+            result = reference.times(left, weights[name].detach())
+            products[name].append(result.requires_grad_(result.requires_grad or weights[name].requires_grad))
             return products[name][-1]
 
         with torch.enable_grad():
