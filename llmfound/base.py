@@ -191,7 +191,7 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
     """A keras.Model whose weights exist as soon as it is constructed, and which checks the ids it is given.
 
     A subclass tells in `input_signature()` the names and shapes of its inputs, a dict of integer arrays, and may tell
-    in `input_limits()` how large the ids may be.
+    in `input_limits()` how large the ids may be. Where one input alone is needed, its array will do for the dict.
     """
 
     def input_signature(self):
@@ -233,6 +233,14 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
         return super().__call__(self._checked(inputs), *args, **kwargs)
 
     def _checked(self, x):
+        """The inputs as a dict, or the data that has them, as it is; errors as in `check_inputs`."""
+        needed = list(self.input_signature())
+        if hasattr(x, "shape") and len(needed) == 1:
+            x = {needed[0]: x}
+        if hasattr(x, "shape") or isinstance(x, (list, tuple)):
+            raise ValueError(
+                f"{type(self).__name__} takes a dict of arrays, {', '.join(needed)}; got {type(x).__name__}."
+            )
         if isinstance(x, dict):
             self.check_inputs(x)
             missing = self.input_signature().keys() - x.keys()

@@ -320,6 +320,32 @@ BAD = {
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_an_array_alone_is_the_input_of_a_model_that_needs_one(way):
+    losses = []
+    for x in (IDS, IDS["token_ids"]):
+        keras.utils.set_random_seed(0)
+        model = compiled(Bag(5))
+        found = WAYS[way](model, x)
+        losses.append([getattr(found, "history", {"": found}), model.get_weights()])
+    assert_close(losses[1], losses[0], tolerance=0)
+
+
+def test_an_array_alone_is_refused_where_two_are_needed():
+    for x in (IDS["token_ids"], [IDS["token_ids"]] * 2, (IDS["token_ids"],) * 2):
+        with pytest.raises(
+            ValueError, match=r"Pair takes a dict of arrays, token_ids, segment_ids; got (ndarray|list|tuple)"
+        ):
+            Pair(Bag(5))(x)
+
+
+def test_a_model_of_one_input_in_a_sequence_of_layers():
+    model = Bag(5)
+    inputs = keras.Input((None,), dtype="int32")
+    assert_close(keras.Sequential([inputs, model])(IDS["token_ids"]), model(IDS), tolerance=0)
+    assert_close(keras.Model(inputs, model(inputs))(IDS["token_ids"]), model(IDS), tolerance=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_bad_inputs_are_refused_and_change_nothing(way):
     model = compiled(Bag(5))
     before = [numpy(model(IDS)), *model.get_weights()]

@@ -195,7 +195,7 @@ class BERT(_OnEncoder):
     Call arguments:
         inputs: dict of int "token_ids" (batch, length), and if wanted "segment_ids" (batch, length), 0 for A and 1 for
             B (all 0 without them), and "mask" (batch, length), 1 at the tokens that are attended to (without it all
-            but pad_id).
+            but pad_id); or token_ids alone.
 
     Returns:
         dict: "sequence", float (batch, length, hidden_dim), the vectors of all tokens, and "pooled", float (batch,

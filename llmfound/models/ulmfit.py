@@ -73,7 +73,7 @@ class ULMFiT(Model):
     Call arguments:
         inputs: dict of int "token_ids" (batch, length), and if batches go on from each other, as LanguageModelBatches
             do, "continues" (batch,): 1 where a row goes on from the same row of the batch before, whose last states it
-            then begins with, and 0 where a new text begins.
+            then begins with, and 0 where a new text begins; or token_ids alone.
 
     Returns:
         Logits of the next word at every position, float32 (batch, length, vocab_size).
@@ -220,7 +220,8 @@ class ULMFiTClassifier(Model):
         reverse: Whether the language model reads from the last word to the first: texts are then turned round.
 
     Call arguments:
-        inputs: dict of int "token_ids" (batch, length), padded with the encoder's pad_id on any side.
+        inputs: dict of int "token_ids" (batch, length), padded with the encoder's pad_id on any side;
+            or token_ids alone.
 
     Returns:
         Logits, float32 (batch, num_classes). A text without words is classified as zeros.
