@@ -99,6 +99,20 @@ class Direct:
             return super().__call__(*args, **kwargs)
 
 
+class KeepsAdapter:
+    """A layer of Keras whose LoRA goes on learning once it is loaded: Keras 3.15.1 sets both its factors to zero.
+
+    A file holds the product of weights and factors, and the second factor alone begins at zero again.
+    """
+
+    def load_own_variables(self, store):
+        first = [v for v in self._trainable_variables if v.name in ("lora_kernel_a", "lora_embeddings_a")]
+        before = [keras.ops.copy(v) for v in first]
+        super().load_own_variables(store)
+        for variable, value in zip(first, before):
+            variable.assign(value)
+
+
 def _masks(layer, args, kwargs):
     """The keyword arguments with the masks that tensors bring, and the mask of the result, as the full call has them.
 
@@ -136,7 +150,8 @@ class Layer(Direct, BuiltByCall, Configured, keras.layers.Layer):
 
     def get_build_config(self):
         """What each sublayer was built from: a shape for the layer as a whole would not say how to call it."""
-        return {"own": super().get_build_config(), "sublayers": [layer.get_build_config() for layer in self._layers]}
+        sublayers = [layer.get_build_config() for layer in self._layers]
+        return {"own": super().get_build_config(), "sublayers": sublayers, **_changes(self)}
 
     def build_from_config(self, config):
         with self._open_name_scope():
@@ -144,6 +159,45 @@ class Layer(Direct, BuiltByCall, Configured, keras.layers.Layer):
                 if not layer.built:  # a layer given as an argument brings its own
                     layer.build_from_config(sublayer_config)
         super().build_from_config(config["own"])
+        _change(self, config)
+
+
+def _changes(layer):
+    """What was done to sublayers after they were made, which no constructor tells: frozen, adapted, quantized.
+
+    By their places in the layer. Keras itself keeps it for the layers of functional models only.
+    """
+    found = {}
+    for place, part in enumerate(layer._flatten_layers(include_self=False)):
+        change, trained = {}, [variable.trainable for variable in part._trainable_variables]
+        if not part.trainable or not all(trained):
+            change["trainable"] = [part.trainable, *trained]
+        if getattr(part, "lora_enabled", False):
+            change["lora"] = [part.lora_rank, part.lora_alpha]
+        if part.quantization_mode is not None:
+            config = keras.saving.serialize_keras_object(getattr(part, "quantization_config", None))
+            change["quantized"] = [part.quantization_mode, config]
+        if change:
+            found[str(place)] = {"class": type(part).__name__, **change}
+    return {"changes": found} if found else {}
+
+
+def _change(layer, config):
+    """Does to built sublayers what `_changes` told; a layer given as an argument may have brought it."""
+    changes, parts = config.get("changes", {}), list(layer._flatten_layers(include_self=False))
+    for place, change in changes.items():
+        part = parts[int(place)] if int(place) < len(parts) else None
+        if type(part).__name__ != change["class"]:
+            raise ValueError(f"{layer.name} was saved with a {change['class']} as sublayer {place}; here it is {part}.")
+        if "quantized" in change and part.quantization_mode is None:
+            mode, settings = change["quantized"]
+            part.quantize(mode, config=keras.saving.deserialize_keras_object(settings))
+        if "lora" in change and not part.lora_enabled:
+            part.enable_lora(*change["lora"])
+        if "trainable" in change:  # the setter would change what is inside as well
+            part._trainable, *trained = change["trainable"]
+            for variable, value in zip(part._trainable_variables, trained):
+                variable.trainable = value
 
 
 def overrides(layer, base, *names):
@@ -205,6 +259,15 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
     def input_limits(self):
         """The number each input's ids must stay below, by name: for instance {"token_ids": vocab_size}."""
         return {}
+
+    def get_config(self):
+        return {**super().get_config(), **_changes(self)}
+
+    @classmethod
+    def from_config(cls, config):
+        model = super().from_config({k: v for k, v in config.items() if k != "changes"})
+        _change(model, config)
+        return model
 
     def check_inputs(self, inputs):
         """Raises ValueError unless the inputs that are there have integer type, the right rank, and ids in range.

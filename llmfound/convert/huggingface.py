@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 
 import numpy as np
-from keras import ops
 
 from llmfound import models
-from llmfound.convert.bert import Form, huggingface_name, listing, paths, read, read_config, read_json
+from llmfound.convert.bert import Form, huggingface_name, listing, read, read_config, read_json, values
 from llmfound.ops import gelu_tanh
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
@@ -64,7 +63,8 @@ def from_huggingface(folder, kind=None, num_classes=None, dtype=None):
 def to_huggingface(model, folder, tokenizer=None, **config):
     """Writes a model to a folder as `transformers` reads it: config.json, model.safetensors, and a tokenizer's files.
 
-    Files of the same names are replaced. An interrupted call leaves no config.json, without which nothing is read.
+    What LoRA has learned is written into the weights that it adapts. Files of the same names are replaced. An
+    interrupted call leaves no config.json, without which nothing is read.
 
     Args:
         model: BERT, or one on it.
@@ -73,8 +73,8 @@ def to_huggingface(model, folder, tokenizer=None, **config):
         **config: more entries of config.json, such as id2label={0: "negative", 1: "positive"}.
 
     Raises:
-        ValueError: if this is no such model, its blocks or its activation have no like there, id2label does not name
-            its classes, or the tokenizer has more pieces than the model.
+        ValueError: if this is no such model, its blocks or its activation have no like there, it is quantized,
+            id2label does not name its classes, or the tokenizer has more pieces than the model.
     """
     from safetensors.numpy import save_file
 
@@ -86,15 +86,14 @@ def to_huggingface(model, folder, tokenizer=None, **config):
             f"The tokenizer has {tokenizer.vocab_size} pieces, and the model {model.encoder.token_embedding.input_dim}."
         )
     settings = _labelled({**_settings(model, kind), **config}, model)
+    prefix, tensors = "" if kind == "BERT" else "bert.", {}
+    for path, array in values(model).items():
+        name = FORM.name(path)
+        whole = name if name.startswith(("cls.", "classifier.", "qa_outputs.")) else prefix + name
+        tensors[whole] = np.ascontiguousarray(array.T if FORM.turned(path) else array)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    prefix = "" if kind == "BERT" else "bert."
-    tensors = {}
-    for path, weight in paths(model).items():
-        array, name = np.asarray(ops.convert_to_numpy(ops.cast(weight, "float32"))), FORM.name(path)
-        whole = name if name.startswith(("cls.", "classifier.", "qa_outputs.")) else prefix + name
-        tensors[whole] = np.ascontiguousarray(array.T if FORM.turned(path) else array)
     save_file(tensors, folder / "model.safetensors.part", {"format": "pt"})
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
     if tokenizer is not None:

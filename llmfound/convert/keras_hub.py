@@ -8,7 +8,7 @@ from keras import ops
 
 from llmfound import models
 from llmfound.convert.assign import assign
-from llmfound.convert.bert import Form, paths, read
+from llmfound.convert.bert import Form, read, values
 from llmfound.ops import gelu_tanh
 
 PARTS = {
@@ -111,9 +111,9 @@ def to_keras_hub(model):
         intermediate_dim=block.feedforward.expand.units, dropout=dropout, max_sequence_length=encoder.max_length,
         num_segments=encoder.segment_embedding.input_dim, dtype=encoder.dtype_policy,
     )  # fmt: skip
-    heads = [path for path in paths(model) if path.partition("/")[0] not in ("encoder", "pooler")]
-    tensors = {keras_hub_name(path): ops.convert_to_numpy(weight) for path, weight in paths(model).items()
-               if path not in heads}  # fmt: skip
+    weights = values(model)
+    heads = [path for path in weights if path.partition("/")[0] not in ("encoder", "pooler")]
+    tensors = {keras_hub_name(path): array for path, array in weights.items() if path not in heads}
     table = {_name(weight): ((_name(weight),), _shaped(tuple(weight.shape))) for weight in backbone.weights}
     assign(backbone, tensors, table)
     if encoder.activation == "gelu":
