@@ -5,6 +5,7 @@ import threading
 
 import keras
 import numpy as np
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from llmfound import kernels
 
@@ -219,6 +220,12 @@ def lean(layer, x):
     return layer.call(x)
 
 
+def _integers(x):
+    """The ids of a trace, which Keras takes for floats where it builds a user's model around this one from a file."""
+    is_float = hasattr(x, "dtype") and keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype))
+    return keras.ops.cast(x, "int32") if is_float else x
+
+
 class _BuiltAfterInit(type(keras.Model)):
     def __call__(cls, *args, **kwargs):
         model = super().__call__(*args, **kwargs)  # the outermost __init__ has finished
@@ -305,6 +312,8 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
                 f"{type(self).__name__} takes a dict of arrays, {', '.join(needed)}; got {type(x).__name__}."
             )
         if isinstance(x, dict):
+            if in_symbolic_scope():
+                x = {name: _integers(value) for name, value in x.items()}
             self.check_inputs(x)
             missing = self.input_signature().keys() - x.keys()
             if missing:

@@ -294,6 +294,33 @@ def test_truncated_weights_are_refused_and_change_nothing(tmp_path):
     assert_close(other.get_weights(), before, tolerance=0)
 
 
+@keras.saving.register_keras_serializable("test_base")
+class Around(keras.Model):
+    """A model of Keras's own that holds one of ours, as a user writes it."""
+
+    def __init__(self, inside, **kwargs):
+        super().__init__(**kwargs)
+        self.inside, self.head = inside, keras.layers.Dense(2)
+
+    def call(self, token_ids, training=None):
+        return self.head(self.inside(token_ids, training=training))
+
+    def get_config(self):
+        return {**super().get_config(), "inside": keras.saving.serialize_keras_object(self.inside)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "inside": keras.saving.deserialize_keras_object(config["inside"])})
+
+
+def test_a_model_around_this_one_is_saved_whole(tmp_path):
+    for inside in (Bag(5), llmfound.models.BERTClassifier(llmfound.models.BERT(5, 1, 4, 2, 8), 3)):
+        model = Around(inside)
+        expected = numpy(model(IDS["token_ids"]))
+        model.save(tmp_path / "model.keras")
+        assert_close(keras.saving.load_model(tmp_path / "model.keras")(IDS["token_ids"]), expected, tolerance=0)
+
+
 # Checks of inputs
 
 LABELS = np.zeros((2, 3), "int32")
