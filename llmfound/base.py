@@ -302,6 +302,11 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(self._checked(inputs), *args, **kwargs)
 
+    def stateless_call(self, trainable_variables, non_trainable_variables, inputs, *args, **kwargs):
+        """Keras's, which JAX's steps make in place of `__call__`."""
+        inputs = self._checked(inputs)
+        return super().stateless_call(trainable_variables, non_trainable_variables, inputs, *args, **kwargs)
+
     def _checked(self, x):
         """The inputs as a dict, or the data that has them, as it is; errors as in `check_inputs`."""
         needed = list(self.input_signature())

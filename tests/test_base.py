@@ -357,6 +357,17 @@ def test_an_array_alone_is_the_input_of_a_model_that_needs_one(way):
     assert_close(losses[1], losses[0], tolerance=0)
 
 
+def test_batches_of_an_array_alone():
+    losses = []
+    for x in (IDS, IDS["token_ids"]):
+        keras.utils.set_random_seed(0)
+        batches = ((x, LABELS) for _ in range(3))
+        losses.append(compiled(Bag(5)).fit(batches, steps_per_epoch=3, shuffle=False, verbose=0).history["loss"])
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match="Pair takes a dict of arrays"):
+        compiled(Pair(Bag(5))).fit(((x, LABELS) for _ in range(3)), steps_per_epoch=3, shuffle=False, verbose=0)
+
+
 def test_an_array_alone_is_refused_where_two_are_needed():
     for x in (IDS["token_ids"], [IDS["token_ids"]] * 2, (IDS["token_ids"],) * 2):
         with pytest.raises(
