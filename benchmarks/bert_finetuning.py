@@ -47,7 +47,7 @@ def of_transformers(options):
     plain = [p for name, p in model.named_parameters() if name.endswith("bias") or "LayerNorm" in name]
     others = [p for name, p in model.named_parameters() if not (name.endswith("bias") or "LayerNorm" in name)]
     groups = [dict(params=others, weight_decay=0.01), dict(params=plain, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     steps, step = options.epochs * len(task.train), 0
     rate = training.LinearWarmupDecay(options.rate, steps // 10, steps)
 
@@ -68,8 +68,8 @@ def of_transformers(options):
         task.train.epoch = epoch
         for i in range(len(task.train)):
             x, y = task.train[i]
-            for group in optimizer.param_groups:
-                group["lr"] = float(rate(step))
+            for group in optimizer.param_groups:  # Keras adds epsilon ahead of the bias correction, PyTorch behind it
+                group.update(lr=float(rate(step)), eps=1e-6 / (1 - 0.999 ** (step + 1)) ** 0.5)
             optimizer.zero_grad()
             loss(logits({"segment_ids": np.zeros_like(x["token_ids"]), **x}), torch.from_numpy(y)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -4,13 +4,14 @@ import json
 import types
 import warnings
 
+import keras
 import ml_dtypes
 import numpy as np
 import pytest
 from keras import ops
 from safetensors.numpy import load_file, save_file
 
-from llmfound import kernels, models
+from llmfound import kernels, models, training
 from llmfound.convert import from_huggingface, to_huggingface
 from llmfound.data import WordPiece
 from llmfound.layers import PreLNBlock
@@ -110,6 +111,42 @@ def test_parity_with_transformers_in_both_directions(name, shape, tmp_path):
     assert_equal(of_transformers(name, again), expected)
     assert again.config.num_labels == model.config.num_labels
     assert again.config.hidden_act == shape.get("hidden_act", "gelu")
+
+
+def test_fine_tuning_takes_the_steps_of_pytorch_and_transformers(tmp_path):
+    """AdamW with warm-up and clipping, biases and norms without decay; dropout, whose masks would differ, is off."""
+    plain = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    other, torch = (
+        theirs("BertForSequenceClassification", SHAPES[0], num_labels=3, **plain),
+        pytest.importorskip("torch"),
+    )
+    other.save_pretrained(tmp_path)
+    ours, labels, rate = from_huggingface(tmp_path), np.array([2, 0]), training.LinearWarmupDecay(1e-2, 2, 8)
+    ours.compile(
+        training.AdamW(rate, weight_decay=0.1, epsilon=1e-6, exclude=["bias", "gamma", "beta"], global_clipnorm=0.5),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    decay = {True: [], False: []}
+    for name, parameter in other.named_parameters():
+        decay["bias" not in name and "LayerNorm" not in name].append(parameter)
+    groups = [dict(params=decay[True], weight_decay=0.1), dict(params=decay[False], weight_decay=0.0)]
+    optimizer, losses, expected = torch.optim.AdamW(groups), [], []
+    ids, segments = torch.from_numpy(TOKENS).long(), torch.from_numpy(SEGMENTS).long()
+    for step in range(8):
+        ours.reset_metrics()
+        losses.append(float(ours.train_on_batch({"token_ids": TOKENS, "segment_ids": SEGMENTS}, labels)))
+        for group in optimizer.param_groups:  # Keras adds epsilon ahead of the bias correction, PyTorch behind it
+            group.update(lr=float(rate(step)), eps=1e-6 / (1 - 0.999 ** (step + 1)) ** 0.5)
+        logits = other.train()(ids, attention_mask=ids != 0, token_type_ids=segments).logits
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+        optimizer.step()
+        expected.append(loss.item())
+    assert expected[-1] < expected[0] - 0.1
+    assert_close(np.array(losses), np.array(expected), 1e-5)
+    assert_equal(outputs(ours), of_transformers("BertForSequenceClassification", other))
 
 
 @pytest.mark.parametrize("kind, arguments", [
