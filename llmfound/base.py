@@ -310,9 +310,10 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
     def _checked(self, x):
         """The inputs as a dict, or the data that has them, as it is; errors as in `check_inputs`."""
         needed = list(self.input_signature())
-        if hasattr(x, "shape") and len(needed) == 1:
+        array = keras.ops.is_tensor(x) or hasattr(x, "__array__")  # a dataset may have a shape as well
+        if array and len(needed) == 1:
             x = {needed[0]: x}
-        if hasattr(x, "shape") or isinstance(x, (list, tuple)):
+        elif array or isinstance(x, (list, tuple)):
             raise ValueError(
                 f"{type(self).__name__} takes a dict of arrays, {', '.join(needed)}; got {type(x).__name__}."
             )

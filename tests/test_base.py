@@ -368,6 +368,30 @@ def test_batches_of_an_array_alone():
         compiled(Pair(Bag(5))).fit(((x, LABELS) for _ in range(3)), steps_per_epoch=3, shuffle=False, verbose=0)
 
 
+class Shaped(keras.utils.PyDataset):
+    """Has a shape and a dtype, as an array does."""
+
+    shape, dtype = (2, 3), "int32"
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.inputs = inputs
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return self.inputs, LABELS
+
+
+@pytest.mark.parametrize("make", (lambda: Bag(5), lambda: Pair(Bag(5))), ids=("one input", "two inputs"))
+def test_a_dataset_that_has_a_shape_is_no_array(make):
+    model = compiled(make())
+    data = Shaped(dict.fromkeys(model.input_signature(), IDS["token_ids"]))
+    model.fit(data, verbose=0)
+    assert_close(model.evaluate(data, verbose=0), model.test_on_batch(*data[0]))
+
+
 def test_an_array_alone_is_refused_where_two_are_needed():
     for x in (IDS["token_ids"], [IDS["token_ids"]] * 2, (IDS["token_ids"],) * 2):
         with pytest.raises(
