@@ -1,5 +1,7 @@
 """Averaged SGD, and the trigger that begins to average. Source: Merity, Keskar, Socher 2018, section 3."""
 
+import warnings
+
 import keras
 import numpy as np
 from keras import ops
@@ -65,6 +67,10 @@ class ASGD(keras.optimizers.SGD):
         updates = (self._iterations + 1) % (self.gradient_accumulation_steps or 1) == 0
         self.averaged_steps.assign_add(self.averaging * ops.cast(updates, "float32"))
         super().apply(grads, trainable_variables)
+        share = ops.cast(updates, "float32") / ops.maximum(ops.convert_to_tensor(self.averaged_steps), 1)
+        for variable, mean in zip(self._trainable_variables, self._means):  # those without a gradient, too
+            difference = ops.multiply(ops.subtract(variable, mean), ops.cast(share, variable.dtype))
+            self.assign(mean, ops.add(mean, difference))
 
     def _apply_weight_decay(self, variables):
         if self.weight_decay is None:
@@ -76,10 +82,6 @@ class ASGD(keras.optimizers.SGD):
 
     def update_step(self, gradient, variable, learning_rate):
         super().update_step(gradient, variable, learning_rate * self.scale)
-        mean = self._means[self._get_variable_index(variable)]
-        share = 1 / ops.maximum(ops.convert_to_tensor(self.averaged_steps), 1)
-        difference = ops.multiply(ops.subtract(variable, mean), ops.cast(share, variable.dtype))
-        self.assign(mean, ops.add(mean, difference))
 
     def finalize_variable_values(self, var_list):
         if self.averaging._value is None:  # on JAX, after an error in a step, which is the one to be seen
@@ -114,7 +116,8 @@ class NonMonotonicTrigger(keras.callbacks.Callback):
         fired: int, the epoch, from 0, after which it did; None before.
 
     Raises:
-        ValueError: if `n` is negative; in `fit`, if the optimizer is not ASGD, or `monitor` is not logged.
+        ValueError: if `n` is negative; in `fit`, if the optimizer is not ASGD, or `monitor` is not logged. Of a
+            validation that an epoch did not have, as with validation_freq=2, a warning tells once.
     """
 
     def __init__(self, n=5, monitor="val_loss", stop=False, verbose=True):
@@ -128,13 +131,15 @@ class NonMonotonicTrigger(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.fired = None
-        self.values = []
+        self.values, self.warned = [], False
         self._show(means=False)  # after a validation that was interrupted
 
     def on_epoch_begin(self, epoch, logs=None):
+        self.validated = False
         self._show(means=False)
 
     def on_test_begin(self, logs=None):
+        self.validated = True
         self._show(means=True)
 
     def _show(self, means):
@@ -145,7 +150,15 @@ class NonMonotonicTrigger(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         value = (logs or {}).get(self.monitor)
         if value is None:
-            raise ValueError(f"{self.monitor!r} is not logged, but {sorted(logs or {})}; fit needs validation_data.")
+            found = f"{self.monitor!r} is not logged after epoch {epoch + 1}, but {sorted(logs or {})}"
+            if self.validated or not self.monitor.startswith("val_"):
+                raise ValueError(f"{found}; name one of them.")
+            if not self.warned:
+                warnings.warn(
+                    f"{found}; fit needs validation_data, and compares the epochs that have it.", stacklevel=2
+                )
+            self.warned = True
+            return
         if self.fired is None and value > min(self.values[: -self.n or None], default=float("inf")):
             self.fired = epoch
             if self.stop:

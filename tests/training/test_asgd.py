@@ -36,6 +36,16 @@ def test_check_8_the_mean_of_the_iterates(accumulation):
     assert_close(variable, np.full(2, 2.0), 1e-6)
 
 
+def test_the_mean_of_a_weight_without_gradients_is_the_weight():
+    inputs = keras.Input((4,))
+    hidden = layers.Dense(3)(inputs)
+    model = keras.Model(inputs, {name: layers.Dense(1, name=name)(hidden) for name in "ab"})
+    model.compile(ASGD(0.1, average=True), {"a": "mse"})
+    before, x = numpy(model.get_layer("b").kernel), np.ones((8, 4), "float32")
+    model.fit(x, {"a": x[:, :1]}, batch_size=4, verbose=0)
+    assert_close(model.get_layer("b").kernel, before, 0)
+
+
 def test_averaging_from_some_step_on():
     optimizer = ASGD(1.0)
     variable = walk(optimizer, [1.0, 2.0])
@@ -196,6 +206,15 @@ def test_the_trigger_begins_to_average_in_fit(capsys):
     assert len(history.history["loss"]) < 9
 
 
+def test_the_trigger_compares_the_epochs_that_were_validated():
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    model.compile(ASGD(0.1), "mse")
+    x, trigger = np.ones((4, 1), "float32"), NonMonotonicTrigger(verbose=False)
+    with pytest.warns(UserWarning, match="compares the epochs that have it"):
+        model.fit(x, x, epochs=5, verbose=0, validation_data=(x, x), validation_freq=2, callbacks=[trigger])
+    assert len(trigger.values) == 2
+
+
 def test_the_state_is_saved(tmp_path):
     x = np.random.default_rng(0).normal(size=(8, 1)).astype("float32")
     model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
@@ -243,8 +262,10 @@ def test_bad_input():
     model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
     x = np.zeros((4, 1), "float32")
     model.compile(ASGD(0.1), "mse")
-    with pytest.raises(ValueError, match=r"'val_loss' is not logged, but \['loss'\]; fit needs validation_data"):
-        model.fit(x, x, verbose=0, callbacks=[NonMonotonicTrigger()])
+    with pytest.raises(ValueError, match=r"'los' is not logged after epoch 1, but \['loss'\]; name one of them"):
+        model.fit(x, x, verbose=0, callbacks=[NonMonotonicTrigger(monitor="los")])
+    with pytest.warns(UserWarning, match=r"'val_loss' is not logged after epoch 1, but .*; fit needs validation_data"):
+        model.fit(x, x, epochs=2, verbose=0, callbacks=[NonMonotonicTrigger()])
     model.compile("adam", "mse")
     with pytest.raises(ValueError, match="NonMonotonicTrigger needs ASGD; got Adam"):
         model.fit(x, x, verbose=0, callbacks=[NonMonotonicTrigger()])
