@@ -14,7 +14,7 @@ __all__ = [
     "recurrence", "gru", "lstm",
 ]  # fmt: skip
 
-_programs = weakref.WeakKeyDictionary()  # model: {(function, static): its graph}
+_programs = weakref.WeakKeyDictionary()  # model: its variables, and {(function, static, shapes): a graph}
 
 
 def dropout(x, rate, seed):
@@ -67,9 +67,13 @@ def adam_update(
 
 def compiled(model, function, *static):
     """A graph for the shapes of the arrays, which reads the variables as they are; see `reference.compiled`."""
-    programs = _programs.setdefault(model, {})
 
     def call(*arrays):
+        variables = list(getattr(model, "variables", ()))
+        known, programs = _programs.get(model, ([], {}))
+        if len(known) != len(variables) or any(old is not new for old, new in zip(known, variables)):
+            programs = {}  # LoRA and quantization exchange variables, and change what is to be traced
+        _programs[model] = variables, programs
         shapes = tuple((x.shape, x.dtype) for x in keras.tree.flatten(arrays))
         key = function, static, shapes  # one tf.function each: it takes many shapes for a mistake and warns
         if key not in programs:

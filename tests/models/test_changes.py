@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from llmfound import convert, layers, models, training
+from llmfound import convert, decoding, layers, models, training
 from llmfound.testing import assert_close
 
 IDS = np.random.default_rng(0).integers(3, 11, (6, 5)).astype("int32")
@@ -117,6 +117,30 @@ def test_a_quantized_model_from_a_file(tmp_path):
     with pytest.raises(ValueError, match=r"block_./.* is quantized, int8; write the model as it was before"):
         convert.to_huggingface(model, tmp_path / "folder")
     assert sorted(path.read_bytes() for path in (tmp_path / "folder").iterdir()) == before
+
+
+def quantized(model):
+    model.quantize("int8")
+
+
+def with_lora(model):
+    for block in model.decoder_blocks:
+        block.feedforward.expand.enable_lora(2)
+        block.feedforward.expand.lora_kernel_b.assign(np.ones((2, 16), "float32"))
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.parametrize("change", (with_lora, quantized))
+def test_decoders_see_what_was_done_since(change):
+    model, source = models.Transformer(11, 1, 8, 2, 16), PAIR["source_ids"]
+    before, _ = decoding.score(model, {"source_ids": source}, IDS)
+    change(model)
+    found, _ = decoding.score(model, {"source_ids": source}, IDS)
+    shifted = np.concatenate([np.ones_like(IDS[:, :1]), IDS[:, :-1]], axis=1)
+    logits = model({"source_ids": source, "target_ids": shifted}, training=False)
+    logs = keras.ops.convert_to_numpy(keras.ops.log_softmax(logits))
+    assert_close(found, np.take_along_axis(logs, IDS[..., None], axis=2)[..., 0], 1e-5)
+    assert np.abs(found - before).max() > 1e-3
 
 
 def test_a_file_that_was_saved_with_other_sublayers():
