@@ -93,8 +93,9 @@ class Transformer(Model):
         return {"source_ids": self.vocab_size, "target_ids": self.vocab_size}
 
     def layer_groups(self):
-        return [[self.token_embedding], *[[b] for b in self.encoder_blocks], *[[b] for b in self.decoder_blocks],
-                [n for n in (self.encoder_norm, self.decoder_norm) if n]]  # fmt: skip
+        norms = [norm for norm in (self.encoder_norm, self.decoder_norm) if norm]
+        layers = [self.token_embedding, *self.encoder_blocks, *self.decoder_blocks]
+        return [*[[layer] for layer in layers], *[norms] * bool(norms)]
 
     def embed(self, token_ids, start=None, training=None):
         x = self.position(self.token_embedding(token_ids) * self.scale, start=start)

@@ -32,7 +32,8 @@ class Discriminative:
         learning_rate: float or schedule, the rate of the top group.
         groups: list of lists of built or unbuilt layers, from bottom to top, such as `model.layer_groups()`; in place
             of a layer may stand a variable, a variable's path, or, as in a saved optimizer, its place among the
-            trainable ones. Every trainable variable belongs to exactly one group.
+            trainable ones. Every trainable variable belongs to exactly one group; a group may have none, as of a
+            layer that is frozen, and keeps its place in the ratios.
         decay: float, what the rate of a group is divided by to give that of the group below; or a list of floats, the
             ratio of each group, from bottom to top.
         names: list of str, what the groups are called; None takes the names of their layers.
@@ -45,7 +46,7 @@ class Discriminative:
 
     def __init__(self, learning_rate=0.001, groups=None, decay=2.6, names=None, **kwargs):
         super().__init__(learning_rate, **kwargs)
-        if not groups or not all(isinstance(group, (list, tuple)) and group for group in groups):
+        if not groups or not any(groups) or not all(isinstance(group, (list, tuple)) for group in groups):
             raise ValueError(
                 f"groups must be lists of layers, from bottom to top, such as model.layer_groups(); got {groups!r}."
             )
@@ -69,6 +70,11 @@ class Discriminative:
     def group_names(self):
         """What the groups are called: the names of their layers, list of str, from bottom to top."""
         return self.names or [", ".join(dict.fromkeys(map(_name, group))) for group in self._groups.value]
+
+    @property
+    def filled_groups(self):
+        """The groups that have a variable to train, list of int, 0 being the lowest; once the optimizer is built."""
+        return sorted(set(self._members.value))
 
     @property
     def group_rates(self):

@@ -14,8 +14,9 @@ class GradualUnfreezing(keras.callbacks.Callback):
 
     The rates shown are the greatest that the optimizer's schedule has, if it tells its peak, and those of the first
     step else. All groups train after the last epoch, so that nothing stays frozen. A `fit` that is interrupted leaves
-    them as they are: call `optimizer.train(range(len(optimizer.ratios)))`, or compile with a new optimizer, before one
-    without this callback.
+    them as they are, and so does a file that was saved within it: call
+    `optimizer.train(range(len(optimizer.ratios)))` before a `fit` without this callback. A model of this library may
+    also be compiled with a new optimizer.
     Source: Howard and Ruder 2018, section 3.3.
 
     Args:
@@ -74,8 +75,9 @@ def rates(optimizer):
     now = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
     peak = getattr(optimizer._learning_rate, "peak", now)
     ratios = keras.ops.convert_to_numpy(optimizer.group_ratios)
-    trained = [f"{name} at {peak * r:.2e}" for name, r in zip(optimizer.group_names, ratios) if r > 0]
-    waiting = [name for name, r in zip(optimizer.group_names, ratios) if r == 0]
+    groups = [(optimizer.group_names[i], ratios[i]) for i in optimizer.filled_groups]
+    trained = [f"{name} at {peak * r:.2e}" for name, r in groups if r > 0]
+    waiting = [name for name, r in groups if r == 0]
     line = "training " + " and ".join(filter(None, [", ".join(trained[:-1]), trained[-1] if trained else "nothing"]))
     return line + (f"; waiting: {', '.join(waiting)}" if waiting else "")
 
@@ -83,7 +85,8 @@ def rates(optimizer):
 class WindowRates(keras.callbacks.Callback):
     """Scales the learning rate of each step with the length of its window of text, length / window.
 
-    For windows of varying length, from which a short one would else learn as much as a long one.
+    For windows of varying length, from which a short one would else learn as much as a long one. A `fit` that is
+    interrupted leaves the scale of its window: call `optimizer.scale.assign(1.0)` before one without this callback.
     Source: Merity, Keskar, Socher 2018, section 4.1; the authors' code.
 
     Args:

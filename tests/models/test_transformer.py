@@ -8,6 +8,7 @@ from keras import ops
 from llmfound import decoding
 from llmfound.models import Transformer
 from llmfound.testing import assert_close, check_model, fixture
+from llmfound.training import DiscriminativeAdam
 
 TINY = dict(vocab_size=11, num_layers=2, hidden_dim=8, num_heads=2, intermediate_dim=16, dropout=0.0)
 SOURCE, TARGET = [[3, 1, 4, 1, 5]], [[2, 7, 1, 8]]
@@ -174,6 +175,14 @@ def test_steps_with_a_cache_equal_the_full_pass(norm, beams):
     for position in range(4):
         logits, state = model.step(ops.convert_to_tensor(target[:, position]), state)
         assert_close(logits, full[:, position], what=f"logits at {position}")
+
+
+@pytest.mark.parametrize("norm, count", (("post", 5), ("pre", 6)))
+def test_groups_of_layers_hold_every_weight_once(norm, count):
+    groups = tiny(norm=norm).layer_groups()
+    assert len(groups) == count
+    model = tiny(norm=norm)
+    DiscriminativeAdam(0.01, model.layer_groups()).build(model.trainable_variables)
 
 
 def test_one_matrix_serves_both_embeddings_and_the_output():

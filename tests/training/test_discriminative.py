@@ -302,6 +302,22 @@ def test_all_layers_train_after_a_fit_that_was_interrupted(then):
     assert all((old != new).any() for old, new in zip(before, model.get_weights()))
 
 
+def test_a_group_without_a_variable_to_train_keeps_its_place(tmp_path, capsys):
+    model = keras.Sequential([keras.Input((2,)), *[keras.layers.Dense(2, name=name) for name in ("low", "mid", "top")]])
+    model.layers[1].trainable = False
+    model.compile(DiscriminativeSGD(0.1, groups=[[layer] for layer in model.layers], decay=2.0), "mse")
+    x = np.ones((4, 2), "float32")
+    model.fit(x, x, verbose=0, callbacks=[GradualUnfreezing()])
+    assert capsys.readouterr().out == "epoch 1: training top at 1.00e-01; waiting: low\n"
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(loaded.optimizer.group_rates, [0.025, 0.05, 0.1], 1e-6)
+    for one in (model, loaded):
+        one.fit(x, x, epochs=3, verbose=0)
+    for ours, theirs in zip(model.weights, loaded.weights):
+        assert_close(theirs, ours, 1e-6)
+
+
 # Bad input
 
 
