@@ -102,6 +102,7 @@ class Checkpoints(keras.callbacks.Callback):
             partial.unlink()
         self.epoch = self.first_epoch = None  # `epoch` and `batch` are the place of the next batch
         self.batch = self.done = self.saved_at = self.skip = 0
+        self.last, self.written = None, False  # the state at the end of an epoch; whether a stop within one is on disk
         self.within = {}  # arrays of a checkpoint within an epoch, to load before the first step
         self.fitted._initial_epoch = None  # what Keras's own BackupAndRestore sets; `fit` looks at it after this
         if self.fitted.built and not self.fitted.optimizer.built:  # inside a step, TensorFlow gives other paths
@@ -118,6 +119,7 @@ class Checkpoints(keras.callbacks.Callback):
             )
         self.first_epoch = self.fitted._initial_epoch = None
         self.epoch, self.batch = epoch, 0
+        self.last, self.written = None, False
         if self._due():
             self._save()
 
@@ -134,17 +136,32 @@ class Checkpoints(keras.callbacks.Callback):
             self.done += self.steps_per_call
         self.batch = batch + self.steps_per_call
 
+    def on_test_begin(self, logs=None):
+        self._save_stop()  # before the validation, which changes metrics and carried states
+
     def on_epoch_end(self, epoch, logs=None):
-        steps = self.params["steps"]
-        stopped = self.fitted.stop_training if steps is None else self.batch < steps
-        if not stopped:
+        if self._stopped():
+            self._save_stop()
+        else:
             self.epoch, self.batch = epoch + 1, 0
+            if _ends_elsewhere(self.fitted.optimizer):
+                self.last = self._state()
         self.skip = 0
 
     def on_train_end(self, logs=None):
         self.fitted._initial_epoch = None
-        if self.done:
+        if self.done and not self.written:
+            self._write(*(self.last or self._state()))
+
+    def _stopped(self):
+        """Whether training stops within the epoch."""
+        steps = self.params["steps"]
+        return self.fitted.stop_training if steps is None else self.batch < steps
+
+    def _save_stop(self):
+        if self.done and not self.written and self._stopped():
             self._save()
+            self.written = True
 
     def _due(self):
         if self.minutes is None:
@@ -152,14 +169,20 @@ class Checkpoints(keras.callbacks.Callback):
         return time.monotonic() - self.saved_time >= 60 * self.minutes
 
     def _save(self):
+        self._write(*self._state())
+
+    def _state(self):
+        """The number of updates, the arrays by name, copies all, and the place."""
         model = self.model  # on JAX, this puts the state of the epoch back into the variables
         variables = _training_variables(model)
         if self.batch:
             variables |= _named("metrics", model.metrics_variables)
-        arrays = {name: np.asarray(ops.convert_to_numpy(x), order="C") for name, x in variables.items()}
+        arrays = {name: np.array(ops.convert_to_numpy(x), order="C") for name, x in variables.items()}
         arrays |= {name: module.get_rng_state().numpy() for name, module in _global_generators().items()}
-        updates = int(ops.convert_to_numpy(model.optimizer.iterations))
-        write_checkpoint(self.folder / f"step-{updates:09d}.safetensors", arrays, self._place())
+        return int(ops.convert_to_numpy(model.optimizer.iterations)), arrays, self._place()
+
+    def _write(self, updates, arrays, place):
+        write_checkpoint(self.folder / f"step-{updates:09d}.safetensors", arrays, place)
         for path in self.paths[: -self.keep]:
             path.unlink()
         self.saved_at, self.saved_time = self.done, time.monotonic()
@@ -327,6 +350,12 @@ def model_variables(model):
 def _training_variables(model):
     optimizer = model.optimizer
     return model_variables(model) | _named(f"optimizer/{type(optimizer).__name__}", optimizer.variables)
+
+
+def _ends_elsewhere(optimizer):
+    """Whether the end of `fit` replaces the weights, by their mean, from which training would not go on as it was."""
+    same = type(optimizer).finalize_variable_values is keras.optimizers.Optimizer.finalize_variable_values
+    return optimizer.use_ema or not same
 
 
 def _global_generators():

@@ -208,18 +208,45 @@ def test_finished_run_trains_no_more_and_a_longer_one_goes_on(tmp_path, capsys):
     assert int(ops.convert_to_numpy(longer.optimizer.iterations)) == 4 * BATCHES
 
 
-def test_run_that_was_stopped_within_an_epoch_goes_on_there(tmp_path):
-    class Stop(keras.callbacks.Callback):
-        def on_train_batch_begin(self, batch, logs=None):
-            self.model.stop_training = batch == 4
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        self.model.stop_training = batch == 4
 
+
+@pytest.mark.parametrize("validation", (False, True))
+def test_run_that_was_stopped_within_an_epoch_goes_on_there(tmp_path, validation):
     keras.utils.set_random_seed(0)
     batches, model = make_batches(), make_model()
     written = Checkpoints(tmp_path, batches, steps=100)
-    model.fit(batches, epochs=3, shuffle=False, verbose=0, callbacks=[written, Stop()])
+    options = dict(validation_data=make_batches(12)) if validation else {}
+    model.fit(batches, epochs=3, shuffle=False, verbose=0, callbacks=[written, Stop()], **options)
     assert [path.name for path in written.paths] == ["step-000000005.safetensors"]
-    again, _ = train(tmp_path)
-    assert_same(state(again), uninterrupted()[0])
+    again, history = train(tmp_path)
+    expected = uninterrupted()
+    assert_same(state(again), expected[0])
+    assert history == expected[1]
+
+
+@pytest.mark.parametrize("make", (
+    lambda: keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5),
+    lambda: llmfound.training.ASGD(0.1, average=True),
+), ids=("EMA", "ASGD"))  # fmt: skip
+def test_a_run_goes_on_from_the_weights_and_not_from_their_mean(tmp_path, make):
+    def run(*runs):
+        keras.utils.set_random_seed(0)
+        for callbacks, epochs in runs:
+            model = make_dense(optimizer=make())
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*without `data`")
+                model.fit(X, X[:, :2], 2, epochs, 0, callbacks=callbacks, shuffle=False)
+        return model
+
+    folders = [tmp_path / name for name in "abc"]
+    first, stopped, longer = [Checkpoints(folder, steps=100) for folder in folders]
+    expected = state(run(([first], 3)))
+    assert_same(state(run(([stopped, Stop()], 3), ([stopped], 3))), expected)
+    assert_same(state(run(([longer], 1), ([longer], 3))), expected)
+    assert_same(state(run(([longer], 3))), expected)  # finished, and so not trained
 
 
 @pytest.mark.parametrize("steps_per_execution", [1] if keras.backend.backend() == "torch" else [1, 3])
