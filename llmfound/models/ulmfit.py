@@ -2,6 +2,7 @@
 Fine-tuning for Text Classification"; the language model, Merity, Keskar, Socher 2018, "Regularizing and Optimizing LSTM
 Language Models"."""
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -30,8 +31,13 @@ class CarriedStates(Layer):
 
     def read(self, continues):
         """The states, float (batch, n), zero in rows that do not continue; continues int or bool (batch,)."""
-        keep = ops.cast(continues, "float32")[:, None]
         batch = ops.shape(continues)[0]
+        if isinstance(batch, int) and batch > self.rows:
+            raise ValueError(
+                f"The batch has {batch} rows, and this model carries the states of {self.rows}; build it with "
+                "max_batch of that or more, or take smaller batches."
+            )
+        keep = ops.cast(continues, "float32")[:, None]
         return [[ops.convert_to_tensor(state)[:batch] * keep for state in pair] for pair in self.states]
 
     def write(self, states):
@@ -121,11 +127,6 @@ class ULMFiT(Model):
                 f"continues must have an entry for each row of token_ids, {tuple(ids.shape)}; got "
                 f"{tuple(continues.shape)}."
             )
-        if isinstance(ids.shape[0], int) and ids.shape[0] > self.carried.rows:
-            raise ValueError(
-                f"The batch has {ids.shape[0]} rows, and this model carries the states of {self.carried.rows}; "
-                "build it with max_batch of that or more, or take smaller batches."
-            )
 
     def layer_groups(self):
         *lower, top = self.encoder.layer_groups()
@@ -190,14 +191,27 @@ class ULMFiT(Model):
         return model
 
     def start(self, inputs, max_length):
-        """Reads a text, "token_ids", and prepares for `max_length` calls of `step`, the first with the next word."""
-        _, _, states = self.encoder(inputs["token_ids"])
-        return {"states": states}
+        """Reads a text, "token_ids", and prepares for `max_length` calls of `step`.
+
+        The text's last word takes the place of the start token, which a language model never reads in training: the
+        first call gives the logits of what follows the text, whatever word it is given. Only a row that is all padding
+        begins with that word.
+        """
+        token_ids, pad_id = inputs["token_ids"], self.encoder.pad_id
+        _, h, states = self.encoder(token_ids)
+        real = ops.ones_like(token_ids, "bool") if pad_id is None else padding_mask(token_ids, pad_id)
+        last = ops.max(ops.where(real, ops.arange(ops.shape(token_ids)[1]), -1), axis=1)
+        h = ops.take_along_axis(h, ops.maximum(last, 0)[:, None, None], axis=1)[:, 0]
+        return {"states": states, "h": h, "known": last >= 0, "position": 0}
 
     def step(self, token_ids, state):
         """Logits of the next word, float32 (rows, vocab_size), after one more word of every row, int (rows,)."""
         _, h, states = self.encoder(token_ids[:, None], state["states"])
-        return self.decoder(h[:, 0], self.encoder.embedding.embeddings), {**state, "states": states}
+        stay = (state["known"] & (state["position"] == 0))[:, None]
+        h = ops.where(stay, state["h"], h[:, 0])
+        states = keras.tree.map_structure(lambda old, new: ops.where(stay, old, new), state["states"], states)
+        logits = self.decoder(h, self.encoder.embedding.embeddings)
+        return logits, {**state, "states": states, "position": state["position"] + 1}
 
 
 class ULMFiTClassifier(Model):

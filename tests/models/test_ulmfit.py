@@ -421,13 +421,32 @@ def test_saving_keeps_groups_and_the_optimizer(tmp_path):
     assert_close(other.predict_on_batch({"token_ids": ids}), classifier.predict_on_batch({"token_ids": ids}), 1e-5)
 
 
-def test_sampling_goes_on_from_a_text():
+@pytest.mark.parametrize("pad_id", (0, None))
+def test_decoding_goes_on_from_a_text(pad_id):
+    """Step by step what the whole text gives, of texts of unequal lengths, without a word of its own in between."""
+    model = tiny(pad_id=pad_id)
+    texts = [[1, 2, 3, 4], [5, 6] if pad_id == 0 else [5, 6, 2, 7]]
+    inputs = {"token_ids": np.array([text + [0] * (4 - len(text)) for text in texts], "int32")}
+    options = dict(max_length=3, start_id=9, end_id=None, forbidden_ids=[0])
+    found = decoding.greedy(model, inputs, **options)
+    log_probs, _ = decoding.score(model, inputs, found, start_id=9)
+    for text, words, logs in zip(texts, found.tolist(), log_probs):
+        for word, log_prob in zip(words, logs):
+            logits = ops.convert_to_numpy(model({"token_ids": np.array([text], "int32")}))[0, -1]
+            assert_close(log_prob, (logits - np.log(np.exp(logits).sum()))[word], 1e-5)
+            assert word == 1 + logits[1:].argmax()
+            text.append(word)
+    if pad_id == 0:
+        beams = decoding.beam_search(model, inputs, 2, length_penalty=0.0, n_best=1, **options)
+        _, sums = decoding.score(model, inputs, beams.token_ids[:, 0], start_id=9)
+        assert_close(beams.scores[:, 0], sums, 1e-4)
+
+
+def test_decoding_from_no_text_begins_with_the_start_token():
     model = tiny()
-    text = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], "int32")
-    found = decoding.greedy(model, {"token_ids": text[:, :3]}, max_length=1, start_id=4, end_id=0)
-    logits = model.predict_on_batch({"token_ids": np.array([[1, 2, 3, 4], [5, 6, 7, 4]], "int32")})[:, -1]
-    logits[:, [0, 4]] = -np.inf  # which decoding does not allow
-    assert (found[:, 0] == logits.argmax(-1)).all()
+    found = decoding.greedy(model, {"token_ids": np.zeros((1, 3), "int32")}, max_length=3, start_id=4, end_id=None)
+    after = decoding.greedy(model, {"token_ids": np.array([[4]], "int32")}, max_length=3, start_id=4, end_id=None)
+    assert (found == after).all()
 
 
 # Bad input
@@ -451,6 +470,8 @@ def test_batches_that_cannot_go_on():
     model = tiny(max_batch=1)
     with pytest.raises(ValueError, match="has 2 rows, and this model carries the states of 1; build it with max_batch"):
         model.predict_on_batch({"token_ids": TOKENS, "continues": np.zeros(2, "int32")})
+    rows = {"token_ids": np.repeat(TOKENS[:1], 3, axis=0), "continues": np.zeros(3, "int32")}
+    assert len(model.predict(rows, batch_size=1, verbose=0)) == 3
     with pytest.raises(ValueError, match="an entry for each row"):
         model.predict_on_batch({"token_ids": TOKENS, "continues": np.zeros(3, "int32")})
     with pytest.raises(ValueError, match="ids from 0 to 12; got 0 to 13"):
