@@ -28,6 +28,9 @@ class Configured:
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 arguments.update(arguments.pop(name, {}))
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                own = list(signature.parameters).index(name) - 1
+                arguments.update(zip(_in_order(cls)[own:], arguments.pop(name, ())))
         object.__setattr__(self, "_arguments", arguments)  # past Keras's tracking of attributes
         return self
 
@@ -39,6 +42,17 @@ class Configured:
     def from_config(cls, config):
         restore = keras.saving.deserialize_keras_object
         return cls(**{k: restore(v) if isinstance(v, (dict, list, tuple)) else v for k, v in config.items()})
+
+
+def _in_order(cls):
+    """Names of the arguments that a class takes in order, those that its *args hands on to its parent included."""
+    names = []
+    for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
+        own = list(inspect.signature(init).parameters.values())[1:]
+        names += [parameter.name for parameter in own if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        if all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in own):
+            break
+    return names
 
 
 class BuiltByCall:

@@ -38,6 +38,20 @@ class Doubling(Affine):
         super().__init__(2.0, shift + 1, **kwargs)
 
 
+class Handing(Affine):
+    """Hands on what it does not know."""
+
+    def __init__(self, *args, extra=1, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class First(Handing):
+    """Has an argument of its own before those that it hands on."""
+
+    def __init__(self, shift, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
 class Chain(llmfound.Layer):
     """Takes other layers as arguments: one, some in a list, some in a dict."""
 
@@ -145,6 +159,8 @@ def compiled(model, rate=0.1):
         (Halving(0.5), dict(factor=0.5)),
         (Doubling(3), dict(shift=3)),
         (Doubling(shift=3, name="twice"), dict(shift=3, name="twice")),
+        (Handing(3.0, 1.0, extra=2), dict(factor=3.0, offset=1.0, extra=2)),
+        (First(4, 3.0, offset=1.0), dict(shift=4, factor=3.0, offset=1.0)),
     ],
 )
 def test_the_config_is_the_arguments(layer, expected):
