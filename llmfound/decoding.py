@@ -233,7 +233,8 @@ def translate(model, tokenizer, sentences, target_tokenizer=None, beam_size=4, l
         sentences: list of str. An empty one translates to an empty one.
         target_tokenizer: has decode_batch(rows of ids), pad_id, start_id and end_id; None takes `tokenizer`.
         batch_size: sentences decoded at a time.
-        length_multiple: source lengths, the end included, are filled up to a multiple of this.
+        length_multiple: source lengths, the end included, are filled up to a multiple of this, but not above a
+            `max_length` that the model has.
         replace_unknown: whether each unk_id of a translation is replaced by the source piece that it is aligned to
             most. Then `tokenizer` has pieces(text), and target_tokenizer has unk_id and decode_batch(rows, words), as
             `llmfound.data.Tokenizer`. False leaves it to decode_batch what an unk_id becomes; there, it is left out.
@@ -273,7 +274,9 @@ def translate(model, tokenizer, sentences, target_tokenizer=None, beam_size=4, l
     texts = [""] * len(sources)
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        length = -(-len(sources[chosen[0]]) // length_multiple) * length_multiple
+        longest = len(sources[chosen[0]])
+        length = -(-longest // length_multiple) * length_multiple
+        length = max(longest, min(length, getattr(model, "max_length", None) or length))
         rows = min(batch_size, 2 ** (len(chosen) - 1).bit_length())
         source_ids = np.full((rows, length), pad_id, "int32")
         for row, i in enumerate(chosen + chosen[-1:] * (rows - len(chosen))):

@@ -668,6 +668,15 @@ def test_translation_meets_few_shapes(batch_size, shapes):
     assert list(dict.fromkeys(model.batches)) == shapes  # tracing may call start more than once
 
 
+def test_sources_are_not_filled_up_beyond_what_the_model_can_read():
+    model = Copy(range(10))
+    model.max_length = 6
+    decoding.translate(model, Words(TEXT), SENTENCES[:3], length_multiple=4, max_length=9)
+    decoding.translate(model, Words(TEXT), ["one two three four five"], length_multiple=4, max_length=9)
+    with_end = [length for _, length, _ in dict.fromkeys(model.batches)]
+    assert with_end == [4, 6]
+
+
 def test_nothing_to_translate():
     model = Copy(range(10))
     assert decoding.translate(model, Words(TEXT), []) == []

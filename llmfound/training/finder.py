@@ -53,6 +53,11 @@ def find_learning_rate(model, batches, low=1e-6, high=10.0, steps=100):
     """
     if not 0 < low < high or steps < 10:
         raise ValueError(f"low and high must be 0 < low < high, and steps at least 10; got {low}, {high} and {steps}.")
+    batches = _endless(batches, steps)
+    if not model.built:
+        first = next(batches)
+        model(first[0])
+        batches = itertools.chain([first], batches)
     optimizer = model.optimizer
     if not optimizer.built:
         optimizer.build(model.trainable_variables)
@@ -61,7 +66,7 @@ def find_learning_rate(model, batches, low=1e-6, high=10.0, steps=100):
     rates = np.geomspace(low, high, steps).tolist()
     losses, smooth = [], []
     try:
-        for rate, batch in zip(rates, _endless(batches, steps)):
+        for rate, batch in zip(rates, batches):
             _set(optimizer, rate)
             model.reset_metrics()
             losses.append(float(model.train_on_batch(*batch, return_dict=True)["loss"]))

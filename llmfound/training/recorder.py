@@ -62,7 +62,7 @@ class NormRecorder(keras.callbacks.Callback):
     def record(self):
         """Adds a record of the model as it is."""
         model = self.model  # on JAX, this brings its weights up to date
-        state = [variable for metric in model.metrics for variable in metric.variables]
+        state = [*model.non_trainable_variables, *model.metrics_variables]
         before = [ops.copy(variable.value) for variable in state]
         try:
             lengths = _lengths(model, self._chosen, self.batch[0])

@@ -44,6 +44,13 @@ def test_the_rate_that_it_suggests_is_good():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_a_model_that_was_never_called():
+    _, batches = problem()
+    unbuilt = keras.Sequential([layers.Dense(1)])
+    unbuilt.compile("sgd", "mse")
+    assert len(find_learning_rate(unbuilt, batches, high=0.01, steps=20).losses) == 20
+
+
 def test_batches_without_an_end():
     model, batches = problem()
     endless = itertools.cycle(batches)

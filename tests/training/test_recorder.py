@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from llmfound import plots
-from llmfound.models import BERT, BERTClassifier
+from llmfound.models import BERT, BERTClassifier, ULMFiT
 from llmfound.testing import assert_close, fixture
 from llmfound.training import NormRecorder
 
@@ -56,6 +56,19 @@ def test_training_is_the_same_with_and_without():
         found.append([*history.history["loss"], *history.history["mae"], *model.get_weights()])
         assert "call" not in vars(model.layers[0])
     assert_close(found[0], found[1], 1e-6)
+
+
+def test_states_that_a_model_carries_on_stay():
+    model = ULMFiT(11, 4, 6, 1)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    ids = np.arange(12).reshape(2, 6) % 11
+    batch = {"token_ids": ids, "continues": np.ones(2, "int32")}, ids
+    model.train_on_batch(*batch)
+    states = [ops.convert_to_numpy(x) + 0 for x in model.carried.variables]
+    recorder = NormRecorder(*batch, layers=[model.encoder])
+    recorder.set_model(model)
+    recorder.on_train_begin()
+    assert_close(model.carried.variables, states, 0)
 
 
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch executes one step at a time")
