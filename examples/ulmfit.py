@@ -89,7 +89,7 @@ def fit_classifier(classifier, texts, labels, tokenizer, options, decay=2.6, sla
     groups = classifier.layer_groups()
     steps = options.epochs * len(batches)
     if gradual:
-        steps = training.unfreezing_stages(len(groups), options.epochs, len(batches))
+        steps = training.unfreezing_stages(len(groups), options.epochs, len(batches), options.epochs_per_group)
     rate = training.SlantedTriangular(options.rate, steps) if slanted else options.rate
     classifier.compile(
         training.DiscriminativeAdam(rate, groups, decay, global_clipnorm=25.0, **BETAS),

@@ -32,7 +32,8 @@ def capture(model, inputs, layers=None):
         attention has one head. Of a layer that is called more than once, the last call.
 
     Raises:
-        ValueError: if there is no such layer, or none of them is called.
+        ValueError: if there is no such layer, or none of them is called: RNNsearch, whose loop takes their weights
+            alone, has `align`.
     """
     kinds = MultiHeadAttention, AdditiveAttention
     every = [layer for layer in model._flatten_layers() if isinstance(layer, kinds)]
@@ -70,7 +71,10 @@ def capture(model, inputs, layers=None):
         for layer in chosen:
             object.__delattr__(layer, "call")
     if not found:
-        raise ValueError(f"None of {', '.join(names[id(one)] for one in chosen)} is called when {model.name} is.")
+        instead = "; its method `align` tells what it looks at" if hasattr(model, "align") else ""
+        raise ValueError(
+            f"None of {', '.join(names[id(one)] for one in chosen)} is called when {model.name} is{instead}."
+        )
     return found
 
 

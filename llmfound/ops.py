@@ -38,7 +38,7 @@ def attention_mask(mask=None, causal=False, queries=None, keys=None):
         keys: int, number of keys; needed if `causal`.
 
     Raises:
-        ValueError: if the mask has another rank.
+        ValueError: if the mask has another rank, or one of (batch, keys) another length.
     """
     if mask is not None:
         mask = ops.cast(mask, "bool")
@@ -47,6 +47,8 @@ def attention_mask(mask=None, causal=False, queries=None, keys=None):
                 "An attention mask is (batch, keys), (batch, queries, keys) or (batch, heads, queries, keys); "
                 f"got shape {tuple(mask.shape)}."
             )
+        if len(mask.shape) == 2 and isinstance(keys, int) and mask.shape[1] not in (None, keys):
+            raise ValueError(f"A padding mask must be (batch, {keys}), as the memory is; got {tuple(mask.shape)}.")
         mask = {2: lambda: mask[:, None, None], 3: lambda: mask[:, None], 4: lambda: mask}[len(mask.shape)]()
     if not causal:
         return mask

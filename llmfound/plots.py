@@ -128,7 +128,10 @@ def training_curve(history, title=None, path=None):
     points = max(lengths.values())
     x = np.arange(1, points + 1) if x is None else x
     if {*lengths.values(), len(x)} != {points}:
-        raise ValueError(f"history must hold lists of one length; got {lengths}, and {len(x)} on the horizontal axis.")
+        raise ValueError(
+            f"history must hold lists of one length; got {lengths}, and {len(x)} on the horizontal axis. A list of "
+            "dicts, one for each point, may leave out what was not measured there."
+        )
     names = list(dict.fromkeys(name.removeprefix("val_") for name in series))
     columns = 2 if len(names) == 4 else min(len(names), 3)
     rows = -(-len(names) // columns)

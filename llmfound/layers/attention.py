@@ -211,18 +211,21 @@ class MultiHeadSelfAttention(MultiHeadAttention):
         return_weights: whether to return the attention weights, too.
         context: float (batch, context_length, dim), the whole sequence, where x is some rows of it alone; not for a
             causal layer, which could not tell their places.
-        context_mask: bool (batch, context_length), True at real tokens of the context.
+        context_mask: bool (batch, context_length), True at real tokens of the context; a `mask`, which is of the
+            context then, takes its place.
 
     Returns:
         float (batch, length, hidden_dim); with `return_weights` also float32 (batch, heads, length, length).
 
     Raises:
-        ValueError: as in MultiHeadAttention, or if a causal layer is given a context.
+        ValueError: as in MultiHeadAttention, or if a causal layer is given a context, or a context's mask comes alone.
     """
 
     def call(self, x, mask=None, bias=None, return_weights=False, training=None, x_mask=None, context=None,
              context_mask=None):  # fmt: skip
         if context is None:
+            if context_mask is not None:
+                raise ValueError(f"{self.name} is given context_mask without a context.")
             return super().call(x, x, x_mask if mask is None else mask, bias, return_weights, training)
         if self.causal:
             raise ValueError(f"{self.name} is causal, and cannot tell which rows of the context x is; leave it out.")

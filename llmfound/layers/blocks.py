@@ -40,14 +40,16 @@ class TransformerBlock(Layer):
         return_weights: whether to return the attention weights, too.
         context: float (batch, context_length, hidden_dim), where x is some of its rows: the rest is read only, which
             spares a last block the rows that nobody asks for. Not for a causal block.
-        context_mask: bool (batch, context_length), True at real tokens of the context.
+        context_mask: bool (batch, context_length), True at real tokens of the context; a `mask`, which is of the
+            context then, takes its place.
 
     Returns:
         float (batch, length, hidden_dim); with `return_weights` also a dict of float32 arrays: "self" (batch, heads,
         length, length) and, with cross-attention, "cross" (batch, heads, length, memory_length).
 
     Raises:
-        ValueError: if sizes do not fit, or a memory is missing or given where there is no cross-attention.
+        ValueError: if sizes do not fit, a memory is missing or given where there is no cross-attention, or a context's
+            mask comes without the context.
     """
 
     attention_class = MultiHeadSelfAttention
@@ -99,8 +101,9 @@ class TransformerBlock(Layer):
              context=None, context_mask=None):  # fmt: skip
         self._check_memory(memory)
         weights, seen = {}, {}
-        if context is not None:
-            seen = dict(context=self.read(context, self.attention_norm), context_mask=context_mask)
+        if context is not None or context_mask is not None:
+            context = None if context is None else self.read(context, self.attention_norm)
+            seen = dict(context=context, context_mask=context_mask)
 
         def keep(name, attended):
             if return_weights:

@@ -437,9 +437,11 @@ def test_a_missing_memory():
             layer(QUERY)
 
 
-def test_a_mask_of_another_rank():
+def test_a_mask_of_another_rank_or_length():
     with pytest.raises(ValueError, match=r"An attention mask is .*; got shape \(5,\)"):
         MultiHeadAttention(DIM, HEADS)(QUERY, MEMORY, mask=PADDING[0])
+    with pytest.raises(ValueError, match=r"A padding mask must be \(batch, 5\), as the memory is; got \(2, 1\)"):
+        MultiHeadAttention(DIM, HEADS)(QUERY, MEMORY, mask=PADDING[:, :1])
 
 
 def test_scaled_scores_of_unit_normals_have_unit_variance():

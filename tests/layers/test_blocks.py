@@ -125,7 +125,9 @@ def test_some_rows_with_the_others_as_context(block_class, memory):
     assert getattr(block(given[0], memory, context=given[1], context_mask=MASK), "_keras_mask", None) is None
 
 
-def test_a_causal_block_cannot_take_some_rows():
+def test_a_context_that_makes_no_sense():
+    with pytest.raises(ValueError, match="attention is given context_mask without a context"):
+        PostLNBlock(**SIZES)(X, context_mask=MASK)
     with pytest.raises(ValueError, match="is causal, and cannot tell which rows of the context x is"):
         PostLNBlock(**SIZES, causal=True)(X[:, :1], context=X)
 
