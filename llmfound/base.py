@@ -404,6 +404,11 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
         return super().evaluate(self._checked(x), *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
+        if getattr(x, "order_varies", False):
+            raise ValueError(
+                f"{type(x).__name__}: shuffled batches give predictions in an order that nobody knows; make them with "
+                "shuffle=False."
+            )
         return super().predict(self._checked(x), *args, **kwargs)
 
     def train_on_batch(self, x, *args, **kwargs):

@@ -408,6 +408,12 @@ def test_a_dataset_that_has_a_shape_is_no_array(make):
     assert_close(model.evaluate(data, verbose=0), model.test_on_batch(*data[0]))
 
 
+def test_a_users_dataset_may_have_an_attribute_shuffle():
+    batches = Shaped(IDS)
+    batches.shuffle = True
+    assert Bag(5).predict(batches, verbose=0).shape == (6, 3, 5)
+
+
 def test_an_array_alone_is_refused_where_two_are_needed():
     for x in (IDS["token_ids"], [IDS["token_ids"]] * 2, (IDS["token_ids"],) * 2):
         with pytest.raises(

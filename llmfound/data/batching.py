@@ -43,6 +43,11 @@ class Passes(keras.utils.PyDataset):
         self._batches = self._order(epoch)
 
     @property
+    def order_varies(self):
+        """bool, whether the examples' order changes from epoch to epoch; `predict` of our models then refuses them."""
+        return getattr(self, "shuffle", False)
+
+    @property
     def asked(self):
         """bool (batches,), True for the batches of the current pass that were asked for; None before it begins."""
         return self._asked
@@ -88,15 +93,17 @@ class _LikeLengths(Passes):
     Args:
         lengths: int (examples,), or (examples, rows of each).
         limit: int, what no length is rounded up above.
+        shuffle: whether the order changes from epoch to epoch; None does as `labelled`, whether there are labels, says.
     """
 
     _WINDOW = 50  # batches that are sorted together
 
-    def __init__(self, lengths, batch_size, length_multiple, limit, shuffle, seed):
+    def __init__(self, lengths, batch_size, length_multiple, limit, shuffle, seed, labelled=True):
         super().__init__()
         _check_integers(1, batch_size=batch_size, length_multiple=length_multiple)
         _check_integers(0, seed=seed)
-        self.batch_size, self.length_multiple, self.shuffle, self.seed = batch_size, length_multiple, shuffle, seed
+        self.batch_size, self.length_multiple, self.seed = batch_size, length_multiple, seed
+        self.shuffle = labelled if shuffle is None else bool(shuffle)
         self._limit, self._cells = limit or sys.maxsize, lengths.reshape(len(lengths), -1)
         longest = self._cells.max(axis=1)
         self._rounded = np.minimum(-(-longest // length_multiple) * length_multiple, self._limit)

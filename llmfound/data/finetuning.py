@@ -29,7 +29,8 @@ class SentenceBatches(_LikeLengths):
         max_length: int, the most tokens of a row, [CLS] and [SEP] included.
         length_multiple: int, batches are as long as their longest text, rounded up to a multiple of it, but not above
             max_length: few shapes for a compiler to meet.
-        shuffle: whether the order changes from epoch to epoch. False keeps the order of the texts, for `predict`.
+        shuffle: whether the order changes from epoch to epoch; None: if there are labels. False keeps the order of the
+            texts; `predict` of our models refuses other batches.
         seed: int, not negative.
 
     Attributes:
@@ -46,11 +47,13 @@ class SentenceBatches(_LikeLengths):
     """
 
     def __init__(self, texts, labels, tokenizer, num_classes=None, batch_size=32, max_length=128, length_multiple=16,
-                 shuffle=True, seed=0):  # fmt: skip
+                 shuffle=None, seed=0):  # fmt: skip
         sides = _sides(texts)
         self._inputs, self.cut = _encoded(sides, tokenizer, max_length)
         self.labels, self.num_classes = _targets(labels, len(sides[0]), num_classes)
-        super().__init__(self._inputs.rows.lengths, batch_size, length_multiple, max_length, shuffle, seed)
+        super().__init__(
+            self._inputs.rows.lengths, batch_size, length_multiple, max_length, shuffle, seed, labels is not None
+        )
 
     def __getitem__(self, index):
         """Batch `index` of the current epoch.
@@ -87,7 +90,7 @@ class ChoiceBatches(_LikeLengths):
     """
 
     def __init__(self, questions, choices, labels, tokenizer, batch_size=16, max_length=128, length_multiple=16,
-                 shuffle=True, seed=0):  # fmt: skip
+                 shuffle=None, seed=0):  # fmt: skip
         questions, choices = list(questions), list(choices)
         if len(questions) != len(choices):
             raise ValueError(f"There are {len(questions)} questions, but choices for {len(choices)}.")
@@ -102,7 +105,7 @@ class ChoiceBatches(_LikeLengths):
         self._inputs, self.cut = _encoded(sides, tokenizer, max_length, self.num_choices)
         self.labels = None if labels is None else _checked_labels(labels, len(questions), self.num_choices)[0]
         lengths = self._inputs.rows.lengths.reshape(-1, self.num_choices)
-        super().__init__(lengths, batch_size, length_multiple, max_length, shuffle, seed)
+        super().__init__(lengths, batch_size, length_multiple, max_length, shuffle, seed, labels is not None)
 
     def __getitem__(self, index):
         """Batch `index` of the current epoch.
@@ -131,8 +134,8 @@ class TaggingBatches(_LikeLengths):
         max_length: int, the most tokens of a row, [CLS] and [SEP] included.
         split_long: whether a sentence that is too long is cut, between words, into several rows; of a word that is too
             long for a row, the first pieces are kept. False raises.
-        shuffle: whether the order changes from epoch to epoch. False keeps the order of the sentences and makes all
-            batches of one length, so that `predict` can join what it finds for `words`.
+        shuffle: whether the order changes from epoch to epoch; None: if there are tags. False keeps the order of the
+            sentences and makes all batches of one length, so that `predict` can join what it finds for `words`.
         batch_size, length_multiple, seed: as in `SentenceBatches`.
 
     Attributes:
@@ -150,7 +153,7 @@ class TaggingBatches(_LikeLengths):
     ignore = -1
 
     def __init__(self, sentences, tags, tokenizer, classes=None, batch_size=32, max_length=128, split_long=False,
-                 length_multiple=16, shuffle=True, seed=0):  # fmt: skip
+                 length_multiple=16, shuffle=None, seed=0):  # fmt: skip
         cls_id, sep_id = _specials(tokenizer, max_length)
         sentences, self.classes = _tagged(sentences, tags, classes)
         self.num_classes = len(self.classes)
@@ -183,7 +186,7 @@ class TaggingBatches(_LikeLengths):
             flat = np.full(len(rows.flat), self.ignore, "int32")
             flat[rows.starts[self._row[there]] + self._place[there]] = numbers[there]
             self._labels = rows._replace(flat=flat)
-        super().__init__(rows.lengths, batch_size, length_multiple, max_length, shuffle, seed)
+        super().__init__(rows.lengths, batch_size, length_multiple, max_length, shuffle, seed, tags is not None)
 
     def _order(self, epoch):
         batches = super()._order(epoch)

@@ -213,7 +213,8 @@ class ClassificationBatches(_LikeLengths):
         max_length: int, words that are kept of a text, its last ones; None keeps all.
         length_multiple: int, batches are as long as their longest text, rounded up to a multiple of it, but not above
             max_length.
-        shuffle: whether the order changes from epoch to epoch. False keeps the order of the texts, for `predict`.
+        shuffle: whether the order changes from epoch to epoch; None: if there are labels. False keeps the order of the
+            texts; `predict` of our models refuses other batches.
         seed: int, not negative.
 
     Attributes:
@@ -228,7 +229,7 @@ class ClassificationBatches(_LikeLengths):
     """
 
     def __init__(self, texts, labels, tokenizer, num_classes=None, batch_size=64, max_length=None, length_multiple=16,
-                 shuffle=True, seed=0):  # fmt: skip
+                 shuffle=None, seed=0):  # fmt: skip
         _check_integers(1, max_length=1 if max_length is None else max_length)
         if isinstance(texts, str):
             raise ValueError(f"texts must be an iterable of str; got one str, {texts[:40]!r}.")
@@ -244,7 +245,7 @@ class ClassificationBatches(_LikeLengths):
         if labels is not None:
             self.labels, self.num_classes = _checked_labels(labels, len(texts), num_classes)
         self.pad_id = tokenizer.pad_id
-        super().__init__(self._rows.lengths, batch_size, length_multiple, max_length, shuffle, seed)
+        super().__init__(self._rows.lengths, batch_size, length_multiple, max_length, shuffle, seed, labels is not None)
 
     def __getitem__(self, index):
         """Batch `index` of the current epoch: {"token_ids": int32 (rows, length)}, and the labels, int32 (rows,)."""

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 
+import llmfound
 from llmfound.data.finetuning import ChoiceBatches, SentenceBatches, TaggingBatches
 
 RNG = np.random.default_rng(0)
@@ -341,6 +342,43 @@ def examples(kind, **options):
     if kind == "choices":
         return ChoiceBatches(TEXTS[:200], [TEXTS[i : i + 3] for i in range(200)], LABELS[:200], **options)
     return TaggingBatches(WORDS, [["OI"["a" in word] for word in words] for words in WORDS], **options)
+
+
+class TextModel(llmfound.Model):
+    def __init__(self):
+        super().__init__()
+        self.tokens = keras.layers.Embedding(32, 2)
+
+    def input_signature(self):
+        return {"token_ids": (None,), "segment_ids": (None,)}
+
+    def call(self, inputs):
+        return keras.ops.mean(self.tokens(inputs["token_ids"]), axis=1)
+
+
+def test_predictions_are_in_the_order_of_the_texts():
+    model, options = TextModel(), dict(tokenizer=TOKENIZER, batch_size=100, length_multiple=64)
+    plain = SentenceBatches(TEXTS, None, **options)
+    found = model.predict(plain, verbose=0)
+    assert np.allclose(found, np.concatenate([model.predict_on_batch(plain[i]) for i in range(5)]), atol=1e-6)
+    labelled = SentenceBatches(TEXTS, LABELS, **options, shuffle=False)
+    assert np.allclose(model.predict(labelled, verbose=0), found, atol=1e-6)
+    for batches in (SentenceBatches(TEXTS, LABELS, **options), SentenceBatches(TEXTS, None, **options, shuffle=True)):
+        with pytest.raises(ValueError, match=r"SentenceBatches: shuffled batches .*; make them with shuffle=False"):
+            model.predict(batches, verbose=0)
+
+
+def test_what_has_no_labels_is_not_shuffled():
+    tags = [["O"] * len(words) for words in SENTENCES]
+    for shuffle in (None, False, True):
+        for labels in (None, [0] * 50):
+            given = labels is not None
+            found = [
+                SentenceBatches(QUESTIONS, labels, TOKENIZER, shuffle=shuffle),
+                ChoiceBatches(QUESTIONS, CHOICES, labels, TOKENIZER, shuffle=shuffle),
+                TaggingBatches(SENTENCES, tags if given else None, TOKENIZER, ["O"], shuffle=shuffle),
+            ]
+            assert [batches.shuffle for batches in found] == [given if shuffle is None else shuffle] * 3
 
 
 @pytest.mark.parametrize("kind, network, units", [

@@ -174,6 +174,8 @@ def test_without_labels_and_cut():
     assert not isinstance(batches[0], tuple) and batches.num_classes is None
     kept = [TOKENIZER.decode(ids) for i in range(len(batches)) for ids in batches[i]["token_ids"]]
     assert kept == [" ".join(text.split()[-5:]) for text in TEXTS]
+    assert ClassificationBatches(TEXTS, LABELS, TOKENIZER).shuffle is True
+    assert ClassificationBatches(TEXTS, None, TOKENIZER).shuffle is False
 
 
 @pytest.mark.parametrize("texts, labels, options, message", [
