@@ -1,12 +1,13 @@
 """Texts, pairs of texts, tagged words and questions with choices, as batches to fine-tune BERT and its like on."""
 
 import itertools
+import warnings
 from collections import namedtuple
 
 import numpy as np
 
 from llmfound.data.batching import _check_integers, _flattened, _joined, _LikeLengths, _padded
-from llmfound.data.streams import _checked_labels
+from llmfound.data.streams import _checked_labels, _counted
 
 _CHUNK = 1000  # texts encoded at a time
 
@@ -24,7 +25,8 @@ class SentenceBatches(_LikeLengths):
         texts: sequence of str, or of (str, str).
         labels: sequence of int, 0 to num_classes - 1, or of float, scores; None for batches without labels.
         tokenizer: WordPiece, or any object with encode_batch, pad_id, cls_id and sep_id.
-        num_classes: int; None takes the greatest label + 1. Scores have 1.
+        num_classes: int; None takes the greatest label + 1, 2 at least. 1 says that the labels, int or float, are
+            scores; floats are without it, too, but if all of them are whole numbers, with a warning.
         batch_size: int, rows; the last batch of a window may have fewer.
         max_length: int, the most tokens of a row, [CLS] and [SEP] included.
         length_multiple: int, batches are as long as their longest text, rounded up to a multiple of it, but not above
@@ -316,10 +318,11 @@ def _kind(text):
 
 def _targets(labels, count, num_classes):
     """The labels as int32 or float32, or None, and the number of outputs that they ask for."""
-    labels = None if labels is None else np.asarray(labels)
+    num_classes = _counted(num_classes)
     if labels is None:
         return None, num_classes
-    if labels.dtype.kind != "f":
+    labels = np.asarray(labels)
+    if labels.dtype.kind != "f" and (num_classes != 1 or labels.dtype.kind not in "iu"):
         return _checked_labels(labels, count, num_classes)
     if labels.shape != (count,) or not np.isfinite(labels).all():
         raise ValueError(
@@ -327,7 +330,16 @@ def _targets(labels, count, num_classes):
             f"{np.count_nonzero(~np.isfinite(labels))} that are not finite."
         )
     if num_classes not in (None, 1):
-        raise ValueError(f"Labels that are floats are scores, without classes; got num_classes={num_classes}.")
+        raise ValueError(
+            f"Labels that are floats are scores, without classes; got num_classes={num_classes}. "
+            "For classes, pass integers."
+        )
+    if num_classes is None and not (labels % 1).any():
+        warnings.warn(
+            "The labels are floats, though whole numbers, and are taken for scores. For classes, pass integers; for "
+            "scores, num_classes=1 says so.",
+            stacklevel=3,
+        )
     return labels.astype("float32"), 1
 
 

@@ -208,7 +208,7 @@ class ClassificationBatches(_LikeLengths):
         texts: sequence of str.
         labels: sequence of int, 0 to num_classes - 1; None for texts without classes, and batches without labels.
         tokenizer: Tokenizer, or any object with encode_batch and pad_id.
-        num_classes: int; None takes the greatest label + 1.
+        num_classes: int; None takes the greatest label + 1, 2 at least.
         batch_size: int, rows; the last batch may have fewer.
         max_length: int, words that are kept of a text, its last ones; None keeps all.
         length_multiple: int, batches are as long as their longest text, rounded up to a multiple of it, but not above
@@ -241,9 +241,9 @@ class ClassificationBatches(_LikeLengths):
         if not self._rows.lengths.all():
             empty = int(self._rows.lengths.argmin())
             raise ValueError(f"Text {empty} has no words: {texts[empty]!r}. Leave empty texts out.")
-        self.labels, self.num_classes = None, num_classes
+        self.labels, self.num_classes = None, _counted(num_classes)
         if labels is not None:
-            self.labels, self.num_classes = _checked_labels(labels, len(texts), num_classes)
+            self.labels, self.num_classes = _checked_labels(labels, len(texts), self.num_classes)
         self.pad_id = tokenizer.pad_id
         super().__init__(self._rows.lengths, batch_size, length_multiple, max_length, shuffle, seed, labels is not None)
 
@@ -254,13 +254,19 @@ class ClassificationBatches(_LikeLengths):
         return x if self.labels is None else (x, self.labels[members])
 
 
+def _counted(num_classes):
+    """num_classes as an int, or None."""
+    _check_integers(1, num_classes=1 if num_classes is None else num_classes)
+    return num_classes if num_classes is None else int(num_classes)
+
+
 def _checked_labels(labels, count, num_classes):
     labels = np.asarray(labels)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(
             f"labels must be integers, one for each of the {count} texts; got {labels.dtype} of shape {labels.shape}."
         )
-    num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    num_classes = max(int(labels.max()) + 1, 2) if num_classes is None else num_classes
     if labels.min() < 0 or labels.max() >= num_classes:
         worst = int(np.flatnonzero((labels < 0) | (labels >= num_classes))[0])
         raise ValueError(f"labels must be 0 to {num_classes - 1}; text {worst} has {labels[worst]}.")

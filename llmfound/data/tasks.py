@@ -154,7 +154,8 @@ def read_labelled(path, texts, label, classes=None, columns=None):
         columns: sequence of str, the columns of a file that does not name them; None takes its first line.
 
     Returns:
-        The texts, list of str, or of (str, str); and the labels, list of int, places in `classes`, or of float.
+        The texts, list of str, or of (str, str); and the labels, list of int, places in `classes`; without them
+        list of int if every label is written as an integer, else of float.
 
     Raises:
         ValueError: if the file has no such column, or a line has more or fewer columns or another label, naming the
@@ -174,12 +175,19 @@ def read_labelled(path, texts, label, classes=None, columns=None):
             raise ValueError(f"{path}, line {number}: {len(cells)} columns instead of {len(columns)}: {line[:60]!r}.")
         row = dict(zip(columns, cells))
         try:
-            labels.append(float(row[label]) if classes is None else classes.index(row[label]))
+            labels.append(_number(row[label]) if classes is None else classes.index(row[label]))
         except ValueError as error:
             expected = "a number" if classes is None else f"one of {', '.join(classes)}"
             raise ValueError(f"{path}, line {number}: {label} must be {expected}; got {row[label]!r}.") from error
         found.append(row[texts] if isinstance(texts, str) else tuple(row[name] for name in needed))
-    return found, labels
+    return found, list(map(float, labels)) if any(isinstance(value, float) for value in labels) else labels
+
+
+def _number(text):
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def read_conll(path):

@@ -3,6 +3,8 @@
 Source: Devlin, Chang, Lee, Toutanova 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language
 Understanding", and the authors' code."""
 
+import operator
+
 import numpy as np
 from keras import ops
 
@@ -297,7 +299,7 @@ class BERTClassifier(_OnEncoder):
             raise ValueError(f"num_classes must be positive; got {num_classes}.")
         self.take(bert, pooler=True)
         self.dropout = Dropout(dropout, name="dropout", dtype=self.dtype_policy)
-        self.classes = self.head(num_classes, "classes")
+        self.classes = self.head(operator.index(num_classes), "classes")
 
     def call(self, inputs, training=None):
         return self.classes(self.dropout(self.pool(inputs, training), training=training))
@@ -320,7 +322,7 @@ class BERTTokenClassifier(_OnEncoder):
             raise ValueError(f"num_classes must be positive; got {num_classes}.")
         self.take(bert)
         self.dropout = Dropout(dropout, name="dropout", dtype=self.dtype_policy)
-        self.classes = self.head(num_classes, "classes")
+        self.classes = self.head(operator.index(num_classes), "classes")
 
     def call(self, inputs, training=None):
         return self.classes(self.dropout(self.encode(inputs, training), training=training))

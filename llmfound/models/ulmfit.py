@@ -2,6 +2,8 @@
 Fine-tuning for Text Classification"; the language model, Merity, Keskar, Socher 2018, "Regularizing and Optimizing LSTM
 Language Models"."""
 
+import operator
+
 import keras
 import numpy as np
 from keras import ops
@@ -254,7 +256,7 @@ class ULMFiTClassifier(Model):
         self.max_windows = max_windows
         self.reverse = reverse
         self.encoder = getattr(language_model, "encoder", language_model)
-        self.head = PoolingClassifierHead(num_classes, hidden_dim, dropout, hidden_dropout, name="head",
+        self.head = PoolingClassifierHead(operator.index(num_classes), hidden_dim, dropout, hidden_dropout, name="head",
                                           dtype=self.dtype_policy)  # fmt: skip
 
     def input_signature(self):

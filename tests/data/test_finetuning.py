@@ -126,8 +126,21 @@ def test_tensorflow_never_fixes_a_length_that_varies(name, max_length, shuffle, 
 def test_without_labels():
     batches = SentenceBatches(TEXTS, None, TOKENIZER, shuffle=False)
     assert isinstance(batches[0], dict) and batches.num_classes is None
-    assert SentenceBatches(TEXTS, LABELS.astype("float64"), TOKENIZER).num_classes == 1
     assert SentenceBatches(TEXTS, LABELS, TOKENIZER, num_classes=5).num_classes == 5
+
+
+def test_which_labels_are_classes_and_which_are_scores(recwarn):
+    for labels, given, expected in [
+        ([0, 0], None, 2), ([1, 0], None, 2), ([3, 0], None, 4), ([0, 0], np.int64(3), 3), (None, np.int64(3), 3),
+        ([0.5, 1.0], None, 1), ([0.0, 1.0], 1, 1), ([0, 5], 1, 1),
+    ]:  # fmt: skip
+        batches = SentenceBatches(["a", "b"], labels, TOKENIZER, num_classes=given)
+        assert batches.num_classes == expected and type(batches.num_classes) is int
+        assert labels is None or batches.labels.dtype == ("float32" if expected == 1 else "int32")
+        assert labels is None or batches.labels.tolist() == labels
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="taken for scores. For classes, pass integers; for scores, num_classes=1"):
+        assert SentenceBatches(["a", "b"], [0.0, 1.0], TOKENIZER).num_classes == 1
 
 
 @pytest.mark.parametrize("texts, labels, options, message", [
@@ -142,7 +155,8 @@ def test_without_labels():
     (["a", "b"], [0], {}, "one for each of the 2 texts"),
     (["a", "b"], [0.5], {}, r"one for each of the 2 texts; got shape \(1,\)"),
     (["a", "b"], [0.5, float("nan")], {}, "1 that are not finite"),
-    (["a", "b"], [0.5, 1.0], dict(num_classes=2), "got num_classes=2"),
+    (["a", "b"], [0.5, 1.0], dict(num_classes=2), "got num_classes=2. For classes, pass integers"),
+    (["a", "b"], [0, 1], dict(num_classes=2.0), "num_classes must be an integer of at least 1; got 2.0"),
     (["a", "b"], [0, 2], dict(num_classes=2), "labels must be 0 to 1; text 1 has 2"),
     (["a", "b"], [-1, 0], {}, "text 0 has -1"),
     (["a", "b"], ["x", "y"], {}, "labels must be integers"),

@@ -148,6 +148,8 @@ def test_every_text_comes_once_with_its_label():
         found += [(TOKENIZER.decode(ids), int(label)) for ids, label in zip(x["token_ids"], y)]
     assert sorted(found) == sorted(zip(TEXTS, LABELS.tolist()))
     assert batches.num_classes == 3 and len(batches) == 19
+    assert ClassificationBatches(["a", "b"], [0, 0], TOKENIZER).num_classes == 2
+    assert type(ClassificationBatches(["a"], [0], TOKENIZER, num_classes=np.int64(5)).num_classes) is int
 
 
 def test_texts_of_a_batch_are_of_like_length():

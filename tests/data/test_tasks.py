@@ -73,6 +73,10 @@ def test_any_file_with_labels(tmp_path):
     assert read_labelled(path, ["b", "a"], "c", ["yes", "no"]) == ([("y", "x"), ("w", "z")], [1, 0])
     path.write_text("2\tx\n-1e1\ty\n")
     assert read_labelled(path, "text", "score", columns=["score", "text"]) == (["x", "y"], [2.0, -10.0])
+    for numbers, expected in (("1 0 -3", [1, 0, -3]), ("1 0 2.0", [1.0, 0.0, 2.0])):
+        path.write_text("text\tlabel\n" + "".join(f"x\t{number}\n" for number in numbers.split()))
+        labels = read_labelled(path, "text", "label")[1]
+        assert labels == expected and {type(label) for label in labels} == {type(expected[0])}
 
 
 @pytest.mark.parametrize("content, message", [

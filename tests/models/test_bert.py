@@ -301,6 +301,14 @@ def test_fit_lowers_the_loss_and_a_saved_model_is_the_same(name, tmp_path):
     assert again.get_config() == model.get_config()
 
 
+@pytest.mark.parametrize("kind", [BERTClassifier, BERTTokenClassifier])
+def test_classes_may_be_counted_by_numpy(kind, tmp_path):
+    model = kind(smaller(), np.int64(3))
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert_close(again.predict_on_batch(INPUTS), model.predict_on_batch(INPUTS), 1e-6)
+
+
 def test_check_model():
     check_model(lambda: BERTClassifier(smaller(), 3), (INPUTS, np.array([0, 2])), expected_shape=(2, 3))
 

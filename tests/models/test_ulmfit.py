@@ -421,6 +421,14 @@ def test_saving_keeps_groups_and_the_optimizer(tmp_path):
     assert_close(other.predict_on_batch({"token_ids": ids}), classifier.predict_on_batch({"token_ids": ids}), 1e-5)
 
 
+def test_classes_may_be_counted_by_numpy(tmp_path):
+    classifier = ULMFiTClassifier(tiny(), np.int64(3), hidden_dim=5)
+    classifier.save(tmp_path / "model.keras")
+    other = keras.saving.load_model(tmp_path / "model.keras")
+    x = {"token_ids": TOKENS}
+    assert_close(other.predict_on_batch(x), classifier.predict_on_batch(x), 1e-6)
+
+
 @pytest.mark.parametrize("pad_id", (0, None))
 def test_decoding_goes_on_from_a_text(pad_id):
     """Step by step what the whole text gives, of texts of unequal lengths, without a word of its own in between."""
