@@ -37,6 +37,8 @@ Candidates = namedtuple("Candidates", "texts scores probabilities null_odds")
 def read_squad(path):
     """The questions of a file of SQuAD, 1.1 or 2.0; a name that ends in .gz or .xz is decompressed.
 
+    Where an entry does not tell of "is_impossible", it is if its "answers" are there and empty.
+
     Args:
         path: str or path.
 
@@ -63,7 +65,7 @@ def _questions(path, articles):
                 for text, start in answers:
                     if context[start : start + len(text)] != text:
                         raise ValueError(f"{path}: the answer {text!r} of {entry['id']} is not at character {start}.")
-                impossible = bool(entry.get("is_impossible", False))
+                impossible = bool(entry.get("is_impossible", "answers" in entry and not answers))
                 found.append(Question(entry["id"], entry["question"], context, answers, impossible,
                                       article.get("title", "")))  # fmt: skip
     return found

@@ -73,7 +73,7 @@ def squad_scores(predictions, examples, null_odds=None):
     Args:
         predictions: dict, question's id -> str.
         examples: iterable of what `data.read_squad` gives: objects with `id`, `answers`, a list of (text, start), and
-            `impossible`.
+            `impossible`. One that is impossible, or has no answers, is a question without an answer.
         null_odds: dict, id -> float, how much likelier no answer is. The best threshold is then looked for, above which
             "" is taken in place of the prediction.
 
@@ -94,9 +94,10 @@ def squad_scores(predictions, examples, null_odds=None):
     missing = [example.id for example in examples if null_odds is not None and example.id not in null_odds]
     if missing:
         raise ValueError(f"{len(missing)} questions have no null_odds: {missing[:3]}.")
-    has_answer = np.array([not example.impossible for example in examples])
+    has_answer = np.array([bool(example.answers) and not example.impossible for example in examples])
     second = null_odds is not None or not has_answer.all()
-    found = np.array([_exact_and_f1(predictions[one.id], one.answers, second) for one in examples])
+    answers = [one.answers if has else () for one, has in zip(examples, has_answer)]
+    found = np.array([_exact_and_f1(predictions[one.id], right, second) for one, right in zip(examples, answers)])
     scores = dict(zip(("exact", "f1"), 100 * found.mean(axis=0)))
     if not has_answer.all():
         for name, chosen in (("HasAns", has_answer), ("NoAns", ~has_answer)):

@@ -178,7 +178,10 @@ def test_reading_both_versions(tmp_path):
     path.write_bytes(gzip.compress(json.dumps(content).encode()))
     assert read_squad(path) == [Question("1", "who?", "a b c", (("b c", 2),), False, "T"),
                                 Question("2", "why?", "a b c", (), True, "T")]  # fmt: skip
-    entry["answers"][0]["answer_start"] = 1
+    del none["is_impossible"], entry["answers"]
+    path.write_bytes(gzip.compress(json.dumps(content).encode()))
+    assert [question.impossible for question in read_squad(path)] == [False, True]
+    entry["answers"] = [{"text": "b c", "answer_start": 1}]
     path.write_bytes(gzip.compress(json.dumps(content).encode()))
     with pytest.raises(ValueError, match="the answer 'b c' of 1 is not at character 1"):
         read_squad(path)

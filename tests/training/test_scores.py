@@ -98,6 +98,15 @@ def test_questions_without_an_answer():
                                    "HasAns_f1": 200 / 3, "NoAns_exact": 50, "NoAns_f1": 50})  # fmt: skip
 
 
+@pytest.mark.parametrize("none", [question("b"), question("b", "dog", impossible=True)])
+def test_a_question_has_an_answer_if_it_has_answers_and_is_possible(none):
+    examples = [question("a", "cat"), none]
+    for prediction, right in (("", 100), ("dog", 0)):
+        found = squad_scores({"a": "cat", "b": prediction}, examples, {"a": -1.0, "b": 1.0})
+        assert found["exact"] == (100 + right) / 2 and found["HasAns_exact"] == 100
+        assert found["NoAns_exact"] == found["NoAns_f1"] == right and found["best_exact"] == 100
+
+
 def test_the_best_threshold():
     examples = [question("a", "cat"), question("b", "dog"), question("c", impossible=True), question("d", "x")]
     predictions = {"a": "cat", "b": "dog", "c": "cow", "d": "y"}
