@@ -105,8 +105,9 @@ def squad_scores(predictions, examples, null_odds=None):
                 scores |= {f"{name}_{key}": x for key, x in zip(("exact", "f1"), 100 * found[chosen].mean(axis=0))}
     if null_odds is not None:
         odds = np.array([null_odds[example.id] for example in examples], float)
+        given = np.array([bool(predictions[example.id]) for example in examples])
         for i, name in enumerate(("exact", "f1")):
-            scores[f"best_{name}"], scores[f"best_{name}_threshold"] = _best(odds, found[:, i], has_answer)
+            scores[f"best_{name}"], scores[f"best_{name}_threshold"] = _best(odds, found[:, i], has_answer, given)
     return {name: float(value) for name, value in scores.items()}
 
 
@@ -174,12 +175,13 @@ def _exact_and_f1(prediction, answers, second):
     return tuple(map(max, zip(*scores)))
 
 
-def _best(odds, scores, has_answer):
+def _best(odds, scores, has_answer, given):
     """The best mean score, in percent, when questions of odds above a threshold get "", and that threshold.
 
-    As in the official script, the threshold grows through the odds, and an answer is only taken where one is due.
+    As in the official script, the threshold grows through the odds, and whatever is `given` where no answer is due
+    counts as wrong, be it without a word.
     """
-    gains = np.where(has_answer, scores, np.where(scores > 0, 0.0, -1.0))
+    gains = np.where(has_answer, scores, np.where(given, -1.0, 0.0))
     order = np.argsort(odds, kind="stable")
     totals = np.concatenate([[0.0], np.cumsum(gains[order])]) + (~has_answer).sum()
     best = int(totals.argmax())

@@ -115,6 +115,10 @@ def test_the_best_threshold():
     assert found["exact"] == 50 and found["best_exact"] == 75 and found["best_exact_threshold"] == 1.0
     taken = {name: "" if odds[name] > 1.0 else text for name, text in predictions.items()}
     assert squad_scores(taken, examples)["exact"] == 75
+    examples = [question("a", impossible=True), question("b", "cat")]
+    for prediction, best in (("the", 50), ("", 100)):  # "the" has no word, but is no ""
+        found = squad_scores({"a": prediction, "b": "cat"}, examples, {"a": 0.0, "b": 1.0})
+        assert found["exact"] == 100 and found["best_exact"] == found["best_f1"] == best
     nothing = squad_scores({"a": "y"}, [question("a", "x")], {"a": 5.0})
     assert nothing["best_f1"] == 0 and nothing["best_f1_threshold"] == 0.0
 
