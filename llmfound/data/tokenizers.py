@@ -1,5 +1,6 @@
 """Tokenizer: text to piece ids and back, on the `tokenizers` library; reads and writes its tokenizer.json."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,9 @@ _USUAL_NAMES = {
     "start": ("[START]", "<s>", "[BOS]", "<bos>", "<|startoftext|>", "[CLS]"),
     "end": ("[END]", "</s>", "[EOS]", "<eos>", "<|endoftext|>", "[SEP]"),
     "unk": ("[UNK]", "<unk>", "<|unk|>", "<UNK>"),
+    "mask": ("[MASK]", "<mask>", "<|mask|>", "<MASK>"),
 }
+_ROLES = "pad", "start", "end", "unk"
 
 _ENGLISH_ENDING = r"['’](?i:[sdmt]|ll|ve|re)(?![\p{L}\p{M}])"
 _WORDS = "|".join(
@@ -35,8 +38,9 @@ _WORDS = "|".join(
 class Tokenizer:
     """Cuts text into pieces of a fixed vocabulary and joins them again.
 
-    `encode` adds no special ids, and cuts a "[END]" that is written in a text like other text. Start and end are
-    added by the batches.
+    `encode` adds no special ids, and cuts a "[END]" that is written in a text like other text, and so all special
+    pieces below and "[MASK]", whatever they are called. Other tokens that a file has added to its vocabulary are found
+    in texts as it says. Start and end are added by the batches.
 
     Args:
         json_text: str, the content of a tokenizer.json of the `tokenizers` library.
@@ -53,26 +57,25 @@ class Tokenizer:
         ValueError: if the text is no tokenizer.json, or a special piece that was asked for is not in it.
     """
 
-    def __init__(self, json_text, pad=None, start=None, end=None, unk=None):
-        import tokenizers
+    _usual_names = _USUAL_NAMES
 
+    def __init__(self, json_text, pad=None, start=None, end=None, unk=None):
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
+            self._tokenizer = _fast(json_text)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(
                 f"This is not a tokenizer.json: {error}; it begins with {str(json_text)[:40]!r}."
             ) from error
         self._json = json_text
-        self._tokenizer.no_padding()  # published files may carry both; rows are cut and filled by the batches
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True  # as ordinary text
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.pad_id = self._special_id("pad", pad)
         self.start_id = self._special_id("start", start)
         self.end_id = self._special_id("end", end)
         self.unk_id = self._special_id("unk", unk)
-        self._special_ids = {self.pad_id, self.start_id, self.end_id, self.unk_id} - {None}
         stages = json.loads(json_text)
+        roles = {self.pad_id, self.start_id, self.end_id, self.unk_id} - {None}
+        usual = map(self._tokenizer.token_to_id, itertools.chain.from_iterable(self._usual_names.values()))
+        self._special_ids = roles | self._read_as_text(roles.union(usual), stages)
         byte_level = '"ByteLevel"' in json.dumps([stages.get("pre_tokenizer"), stages.get("decoder")])
         self._byte_of = _byte_characters() if byte_level else None
 
@@ -267,9 +270,22 @@ class Tokenizer:
             )
         return array.tolist()
 
+    def _read_as_text(self, roles, stages):
+        """Has the added tokens of these ids read as ordinary text, and the others found; the ids of the special ones.
+
+        The library can only have all special tokens read as text, so others are none for it.
+        """
+        added = [(token, self._tokenizer.token_to_id(token["content"])) for token in stages.get("added_tokens") or ()]
+        special = {i for token, i in added if token["special"]}
+        if special != roles & {i for _, i in added}:
+            for token, i in added:
+                token["special"] = i in roles
+            self._tokenizer = _fast(json.dumps(stages))
+        return special
+
     def _special_id(self, role, given):
         if given is None:
-            ids = (self._tokenizer.token_to_id(name) for name in _USUAL_NAMES[role])
+            ids = (self._tokenizer.token_to_id(name) for name in self._usual_names[role])
             return next((i for i in ids if i is not None), None)
         found = self._tokenizer.token_to_id(given) if isinstance(given, str) else int(given)
         if found is None or not 0 <= found < self.vocab_size:
@@ -280,8 +296,19 @@ class Tokenizer:
         return type(self), (self._json, self.pad_id, self.start_id, self.end_id, self.unk_id)
 
     def __repr__(self):
-        ids = ", ".join(f"{role}_id={getattr(self, role + '_id')}" for role in _USUAL_NAMES)
+        ids = ", ".join(f"{role}_id={getattr(self, role + '_id')}" for role in _ROLES)
         return f"Tokenizer(vocab_size={self.vocab_size}, {ids})"
+
+
+def _fast(json_text):
+    """A tokenizers.Tokenizer that reads special tokens as text, and leaves it to batches to cut and to fill rows."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_str(json_text)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def _blank(kind, vocab_size, lowercase, min_frequency):

@@ -15,7 +15,7 @@ from llmfound.data.tokenizers import Tokenizer, _is_text, _shortened
 
 PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of every WordPiece trained here
 _FILES = "tokenizer.json", "vocab.txt"
-_CONFIG = "tokenizer_config.json"
+_CONFIG, _ADDED, _SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 _NAMES = {"lowercase": "do_lower_case", "strip_accents": "strip_accents", "split_chinese": "tokenize_chinese_chars"}
 _CHINESE = "".join(f"\\x{{{first:X}}}-\\x{{{last:X}}}" for first, last in (
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
@@ -27,8 +27,9 @@ class WordPiece(Tokenizer):
 
     Control characters are dropped, Chinese characters stand alone, and if `lowercase`, case and accents are dropped. A
     word is cut from the left, pieces after the first begin with "##", and a word that cannot be cut whole is [UNK]. A
-    "[MASK]" that is written in a text is cut like other text. Source: Devlin et al. 2019, section 3; Schuster and
-    Nakajima 2012, section 3; the authors' code.
+    "[MASK]" that is written in a text, or another of the five special pieces, is cut like other text; other tokens that
+    a file has added to its vocabulary, such as "[E1]" before an entity, are found as it says. Source: Devlin et al.
+    2019, section 3; Schuster and Nakajima 2012, section 3; the authors' code.
 
     What `from_vocabulary`, `train`, and `load` of a vocab.txt make does as the authors' code on this Python, but for
     the newest characters: those that Python does not know yet are lower-cased as the `tokenizers` library has them, and
@@ -48,6 +49,8 @@ class WordPiece(Tokenizer):
         ValueError: if the text is no such file, or the vocabulary lacks one of [PAD], [UNK], [CLS], [SEP], [MASK].
     """
 
+    _usual_names = {"pad": ["[PAD]"], "unk": ["[UNK]"], "start": ["[CLS]"], "end": ["[SEP]"], "mask": ["[MASK]"]}
+
     def __init__(self, json_text):
         super().__init__(json_text)
         kind = type(self._tokenizer.model).__name__
@@ -57,7 +60,7 @@ class WordPiece(Tokenizer):
         _check_complete([piece for piece, i in ids.items() if i is not None], self.vocab_size)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids.values()
         self.start_id, self.end_id = self.cls_id, self.sep_id
-        self._special_ids = set(ids.values())
+        self._special_ids |= set(ids.values())
 
     @functools.cached_property
     def continues(self):
@@ -143,7 +146,8 @@ class WordPiece(Tokenizer):
         """Reads a vocab.txt, a tokenizer.json, or a checkpoint's folder that has one of them.
 
         Of a folder's two, tokenizer.json is read. A vocab.txt does not say what was done about case: you do, or the
-        tokenizer_config.json beside it, or else it is taken for cased if a word of it has a capital letter.
+        tokenizer_config.json beside it, or else it is taken for cased if a word of it has a capital letter. The tokens
+        of an added_tokens.json beside it go on where it ends.
 
         Args:
             path: file or folder.
@@ -153,7 +157,8 @@ class WordPiece(Tokenizer):
         Raises:
             FileNotFoundError: if there is no such file, or the folder has neither.
             ValueError: if it is no such file, or a tokenizer.json does otherwise than you ask for, or than the
-                tokenizer_config.json of its folder says (by which `transformers` would go).
+                tokenizer_config.json of its folder says (by which `transformers` would go), or added tokens do not go
+                on with the vocabulary.
         """
         path = Path(path)
         in_folder = path.is_dir()
@@ -177,9 +182,40 @@ class WordPiece(Tokenizer):
         for told in (_configured(path.parent), given):
             settings |= {name: value for name, value in told.items() if value is not None}
         try:
-            return cls.from_vocabulary(pieces, **settings)
+            tokenizer = cls.from_vocabulary(pieces, **settings)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        return tokenizer._extended(path.parent)
+
+    def _extended(self, folder):
+        """With the tokens of an added_tokens.json, if the folder has one.
+
+        tokenizer_config.json tells how they are found in texts, or else whether they are among the special ones.
+        """
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Fast
+
+        ids, config = _object(folder / _ADDED), _object(folder / _CONFIG)
+        if not ids:
+            return self
+        fast = Fast.from_str(self._json)
+        try:
+            told = {entry.pop("content"): entry for entry in config.get("added_tokens_decoder", {}).values()}
+            lists = (found.get("additional_special_tokens") for found in (config, _object(folder / _SPECIAL)))
+            special = itertools.chain.from_iterable(tokens or () for tokens in lists)
+            special = {token["content"] if isinstance(token, dict) else token for token in special}
+            for token in sorted(ids, key=ids.get):
+                usual = {"special": token in special, "normalized": token not in special}
+                fast.add_tokens([AddedToken(token, **told.get(token, usual))])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} has no added tokens as transformers writes them: {error!r}.") from error
+        wrong = {token: i for token, i in ids.items() if fast.token_to_id(token) != i}
+        if wrong:
+            raise ValueError(
+                f"{folder / _ADDED}: added tokens must go on with the vocabulary, from id {self.vocab_size}; got "
+                f"{str(wrong)[:200]}."
+            )
+        return type(self)(fast.to_str(pretty=True))
 
     def _check_settings(self, path, settings, source, remedy=""):
         for name, value in settings.items():
@@ -300,8 +336,13 @@ def _categories():
 
 
 def _configured(folder):
-    """What the tokenizer_config.json of a folder says, as our arguments; nothing if there is none."""
-    path = folder / _CONFIG
+    """What the tokenizer_config.json of a folder says, as our arguments; None for what it does not tell."""
+    found = _object(folder / _CONFIG)
+    return {ours: found.get(theirs) for ours, theirs in _NAMES.items()}
+
+
+def _object(path):
+    """The object in a JSON file; an empty one if there is no such file."""
     if not path.exists():
         return {}
     try:
@@ -310,7 +351,7 @@ def _configured(folder):
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object, but {str(found)[:40]}.")
-    return {ours: found.get(theirs) for ours, theirs in _NAMES.items()}
+    return found
 
 
 def _file_in(folder):

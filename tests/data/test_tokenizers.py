@@ -289,6 +289,17 @@ def test_file_of_the_plain_library_loads(tmp_path):
     assert json.loads((tmp_path / "again.json").read_text())["padding"] is not None  # nothing of the file is lost
 
 
+def test_tokens_that_are_not_special_pieces_are_found_in_texts():
+    plain = plain_tokenizer()
+    plain.add_special_tokens(["<|user|>", "<mask>"])
+    tokenizer = Tokenizer(plain.to_str())
+    user = plain.token_to_id("<|user|>")
+    assert tokenizer.encode("the<|user|>house") == [10, user, 12]
+    assert set(tokenizer.encode("<s><mask><pad></s>")) == {3}
+    assert tokenizer.decode([10, user, 12]) == "the house"
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("<|user|>") == [user] and tokenizer.to_json() == plain.to_str()
+
+
 def test_special_pieces_can_be_named():
     text = plain_tokenizer().to_str()
     tokenizer = Tokenizer(text, start="house", end=10)

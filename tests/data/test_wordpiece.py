@@ -305,6 +305,74 @@ def test_a_folder_that_transformers_reads(tmp_path, tokenizer):
         assert WordPiece.load(tmp_path / kind.__name__).encode_batch(texts) == rows
 
 
+MARKED = ["the [E1] Hello [/E1] a", "[E1]how[/E1]you", "helloxyhello xy", "a  [E1]  b", "[E1][E1]"]
+
+
+def test_tokens_that_a_file_has_added_are_found_in_texts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    fast = tokenizers.Tokenizer.from_str(UNCASED.to_json())
+    fast.add_special_tokens(["[E1]", tokenizers.AddedToken("[/E1]", lstrip=True)])
+    fast.add_tokens(["xy"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    found, n = WordPiece.load(tmp_path), len(VOCABULARY)
+    assert found.encode_batch(MARKED) == theirs(MARKED, add_special_tokens=False)["input_ids"]
+    assert found.encode(MARKED[1]) == [n, VOCABULARY.index("how"), n + 1, VOCABULARY.index("you")]
+    assert found.encode_words(["[E1]", "a"]) == [[n], [VOCABULARY.index("a")]] and found.vocab_size == n + 3
+    assert found.decode(found.encode("a [E1] xy")) == "a xy"  # as it was: what is special is skipped
+    assert found.to_json() == (tmp_path / "tokenizer.json").read_text("utf-8")
+    text = "".join(SPECIAL)
+    assert found.encode(text) == UNCASED.encode(text) == pickle.loads(pickle.dumps(found)).encode(text)
+    assert not set(range(5)) - {1} & set(found.encode(text))
+    assert found.encode_with_offsets("a [E1]") == ([VOCABULARY.index("a"), n], [(0, 1), (2, 6)])
+
+
+def write_lines_and_added(folder, added, config):
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY), "utf-8")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    config = {"do_lower_case": True, "tokenizer_class": "BertTokenizer", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+N = len(VOCABULARY)
+FLAGS = dict(lstrip=True, rstrip=False, single_word=True, normalized=False, special=True)
+
+
+@pytest.mark.parametrize("config", [
+    {}, dict(additional_special_tokens=["[E1]"]),
+    dict(added_tokens_decoder={N + i: {"content": x, **FLAGS} for i, x in enumerate(("[E1]", "[/E1]", "xy"))}),
+])  # fmt: skip
+def test_added_tokens_beside_a_vocabulary_of_lines(tmp_path, config):
+    transformers = pytest.importorskip("transformers")
+    write_lines_and_added(tmp_path, {"xy": N + 2, "[E1]": N, "[/E1]": N + 1}, config)
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    texts = [*MARKED, "[e1] [/e1] XY"]
+    for path in (tmp_path, tmp_path / "vocab.txt"):
+        found = WordPiece.load(path)
+        assert found.encode_batch(texts) == theirs(texts, add_special_tokens=False)["input_ids"]
+        assert found.vocabulary == [*VOCABULARY, "[E1]", "[/E1]", "xy"]
+    (tmp_path / "out").mkdir()
+    found.save_folder(tmp_path / "out")
+    assert WordPiece.load(tmp_path / "out").encode_batch(texts) == found.encode_batch(texts)
+    UNCASED.save(tmp_path / "tokenizer.json")
+    assert WordPiece.load(tmp_path).to_json() == UNCASED.to_json()
+
+
+@pytest.mark.parametrize("added, config, message", [
+    ({"[E1]": N + 1}, {}, rf"added tokens must go on with the vocabulary, from id {N}; got {{'\[E1\]': {N + 1}}}"),
+    ({"[E1]": N, "hello": N + 1}, {}, rf"got {{'hello': {N + 1}}}"),
+    ({"[E1]": N, "x": "y"}, {}, "has no added tokens as transformers writes them: TypeError"),
+    ({"[E1]": str(N)}, {}, rf"got {{'\[E1\]': '{N}'}}"),
+    (["[E1]"], {}, r"added_tokens\.json holds no JSON object"),
+    ({"[E1]": N}, dict(added_tokens_decoder=3), "no added tokens as transformers writes them: AttributeError"),
+])  # fmt: skip
+def test_added_tokens_that_do_not_go_on(tmp_path, added, config, message):
+    write_lines_and_added(tmp_path, added, config)
+    with pytest.raises(ValueError, match=message):
+        WordPiece.load(tmp_path)
+
+
 def test_a_file_of_someone_else_stays_as_it_is(tmp_path):
     content = json.loads(UNCASED.to_json())
     content["model"]["vocab"]["late"] = 99
