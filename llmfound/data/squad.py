@@ -126,8 +126,8 @@ class QuestionAnsweringBatches(_LikeLengths):
         lengths, padding, epoch: as in `SentenceBatches`.
 
     Raises:
-        ValueError: if there is no question, a question is empty or too long, a text has no pieces, rows leave no room
-            for a text, the tokenizer lacks a special id, or an argument is out of range.
+        ValueError: if there is no question, two have one id, a question is empty or too long, a text has no pieces,
+            rows leave no room for a text, the tokenizer lacks a special id, or an argument is out of range.
     """
 
     def __init__(self, questions, tokenizer, batch_size=32, max_length=384, stride=128, max_question=64,
@@ -136,6 +136,11 @@ class QuestionAnsweringBatches(_LikeLengths):
         self.questions = list(questions)
         if not self.questions:
             raise ValueError("There are no questions.")
+        seen = {}
+        for i, question in enumerate(self.questions):
+            first = seen.setdefault(question.id, i)
+            if first != i:
+                raise ValueError(f"Questions {first} and {i} have one id, {question.id!r}; answers need one for each.")
         special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id]
         if None in special:
             raise ValueError(f"The tokenizer needs pad_id, cls_id and sep_id; it has {special}.")

@@ -151,6 +151,7 @@ def test_the_null_score_is_the_least_of_all_windows():
 
 @pytest.mark.parametrize("call, message", [
     (lambda: batches([]), "There are no questions"),
+    (lambda: batches([*QUESTIONS, Question("b", "who", "w1")]), "Questions 1 and 3 have one id, 'b'"),
     (lambda: batches([Question("x", " ", "w1")]), "Question x has no words: ' '"),
     (lambda: batches([Question("x", "who", "\u200b")]), r"The text of question x has no words"),
     (lambda: batches(max_length=6), r"max_length \(6\) leaves no room for a text behind 3 pieces of a question"),
