@@ -476,7 +476,7 @@ def _encoded(texts, tokenizer, side, specials):
     before = [tokenizer.start_id] if "start_id" in specials else []
     after = [tokenizer.end_id]
     chunks = (texts[i : i + _CHUNK] for i in range(0, len(texts), _CHUNK))
-    rows = _joined(_flattened([before + ids + after for ids in tokenizer.encode_batch(chunk)]) for chunk in chunks)
+    rows = _joined(_flattened([[*before, *ids, *after] for ids in tokenizer.encode_batch(chunk)]) for chunk in chunks)
     low, high = rows.flat.min(), rows.flat.max()
     if low < 0 or high >= tokenizer.vocab_size:
         raise ValueError(f"The {side} tokenizer gives ids {low} to {high}, outside 0 to {tokenizer.vocab_size - 1}.")

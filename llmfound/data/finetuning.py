@@ -172,9 +172,9 @@ class TaggingBatches(_LikeLengths):
                 if len(ids) > 1 and len(ids) - 1 + len(word) > most:
                     rows.append([*ids, sep_id])
                     ids = [cls_id]
-                row.append(len(rows) if word else -1)
+                row.append(len(rows) if len(word) else -1)
                 place.append(len(ids))
-                ids += word[:most]
+                ids.extend(word[:most])
             rows.append([*ids, sep_id])
         rows = _flattened(rows)
         self._inputs = _Inputs(rows, rows.lengths, tokenizer.pad_id)

@@ -142,7 +142,7 @@ def _encoded(documents, tokenizer):
         if isinstance(document, str):
             raise ValueError(f"A document must be sentences, an iterable of str; got one str, {document[:40]!r}.")
         before = len(sentences)
-        sentences += document
+        sentences.extend(document)  # `+=` would append an array of str to every sentence
         counts.append(len(sentences) - before)
         if len(sentences) >= _CHUNK:
             yield flush()

@@ -180,6 +180,16 @@ def test_order_is_the_same_on_every_backend():
     assert order == ["cgdh", "fabe"]
 
 
+def test_a_tokenizer_may_give_arrays():
+    class Arrays(Letters):
+        def encode_batch(self, texts):
+            return [np.array(row, "int32") for row in super().encode_batch(texts)]
+
+    pairs = random_pairs(40)
+    found, plain = (TranslationBatches(pairs, tokenizer, batch_size=4) for tokenizer in (Arrays(), Letters()))
+    assert contents(found) == contents(plain)
+
+
 def test_unshuffled_order_is_that_of_the_pairs():
     pairs = [("a", letter) for letter in "abcdefghij"]
     assert contents(TranslationBatches(pairs, Letters(), batch_size=3, shuffle=False)) == list(expected(pairs))

@@ -246,6 +246,12 @@ def test_tags_come_back(options):
     assert len({shape[1] for shape in shapes(batches)}) == 1
 
 
+def test_a_tokenizer_of_words_may_give_arrays():
+    arrays = SimpleNamespace(**{**vars(TOKENIZER), "encode_words": lambda words: [*map(np.array, encode_words(words))]})
+    found, plain = (TaggingBatches(SENTENCES, TAGS, tokenizer)[0] for tokenizer in (arrays, TOKENIZER))
+    assert (found[0]["token_ids"] == plain[0]["token_ids"]).all() and (found[1] == plain[1]).all()
+
+
 def test_long_sentences_are_cut_between_words():
     words = random_texts(RNG.integers(1, 9, 60))
     tags = [f"B-{i % 7}" for i in range(60)]

@@ -285,6 +285,13 @@ def test_static_masking_repeats_the_same_rows_in_another_order():
     assert found.pairs > 2.5 * batches().pairs
 
 
+def test_documents_may_be_arrays():
+    documents = [["w1", "w2 w3"], ["w4"], ["w5", "w6"]]
+    found, expected = (Documents.encode(x, TOKENIZER) for x in (map(np.array, documents), documents))
+    for name in ("ids", "sentences", "documents"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+
+
 def test_files_larger_than_memory(tmp_path):
     documents = corpus()
     written = write_documents(tmp_path / "a", iter(iter(document) for document in documents), TOKENIZER)
