@@ -126,7 +126,8 @@ class TaggingBatches(_LikeLengths):
 
     token_ids = [CLS] the pieces of all words [SEP]. The first piece of a word has the class of its tag for a label; all
     other places have `ignore`: keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1) leaves
-    them out. Order as in `SentenceBatches`. Source: Devlin et al. 2019, section 5.3.
+    them out, and so does the metric training.TokenAccuracy(pad_id=-1), where Keras's "accuracy" counts them as errors.
+    Order as in `SentenceBatches`. Source: Devlin et al. 2019, section 5.3.
 
     Args:
         sentences: sequence of sequences of str, the words.

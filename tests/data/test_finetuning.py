@@ -9,6 +9,7 @@ import pytest
 
 import llmfound
 from llmfound.data.finetuning import ChoiceBatches, SentenceBatches, TaggingBatches
+from llmfound.training import TokenAccuracy
 
 RNG = np.random.default_rng(0)
 
@@ -316,7 +317,7 @@ def test_predictions_that_make_no_sense(predictions, message):
 # Keras
 
 
-def test_the_loss_leaves_out_what_has_no_tag():
+def test_loss_and_metric_leave_out_what_has_no_tag():
     batches = TaggingBatches(SENTENCES, TAGS, TOKENIZER, shuffle=False)
     _, labels = batches[0]
     logits = RNG.normal(size=(*labels.shape, 5)).astype("float32")
@@ -325,6 +326,10 @@ def test_the_loss_leaves_out_what_has_no_tag():
     rows, places = np.nonzero(labels >= 0)
     expected = -log_probabilities[rows, places, labels[rows, places]].mean()
     assert np.isclose(float(loss(labels, logits)), expected, atol=1e-6)
+    metric = TokenAccuracy(pad_id=batches.ignore)
+    metric.update_state(labels, logits)
+    right = logits.argmax(axis=-1)[rows, places] == labels[rows, places]
+    assert np.isclose(float(metric.result()), right.mean(), atol=1e-6)
 
 
 class Tokens(keras.Model):
