@@ -63,8 +63,10 @@ class Passes(keras.utils.PyDataset):
         return entry
 
     def __iter__(self):
+        """One pass, after which the next epoch begins, as in `fit`; a loop that ends early stays in its pass."""
         self.on_epoch_begin()
-        return super().__iter__()
+        yield from super().__iter__()
+        self.on_epoch_end()
 
     def on_epoch_begin(self):
         if self._asked is None:

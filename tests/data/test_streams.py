@@ -79,7 +79,6 @@ def test_epochs_differ_and_can_be_resumed():
     first = batches.lengths.tolist()
     for _ in batches:
         pass
-    batches.on_epoch_end()
     assert batches.epoch == 1 and batches.lengths.tolist() != first
     other = LanguageModelBatches(np.arange(1, 5000), 2, 70, seed=3)
     other.epoch = 1
