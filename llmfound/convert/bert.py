@@ -177,22 +177,22 @@ def read_json(path):
 
 
 def read_config(path, activations):
-    """The entries of a config.json or bert_config.json, "hidden_act" as our name of it.
+    """The entries of a config.json or bert_config.json that are not null, "hidden_act" as our name of it.
 
     Raises:
         FileNotFoundError: if it is missing.
         ValueError: if it is not JSON, lacks sizes, or has an entry that cannot be.
     """
-    config = read_json(path)
+    config = {name: value for name, value in read_json(path).items() if value is not None}
     missing = [name for name in SIZES.values() if name not in config]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
     for name, default in [*((name, 1) for name in SIZES.values()), *REST.values()]:
         value = config.setdefault(name, default)
         right = type(value) in (int, float) if type(default) is float else type(value) is type(default)
-        if not right and (name, value) != ("pad_token_id", None):
+        if not right:
             raise ValueError(f"{path}: {name} must be of the kind of {default!r}; got {value!r}.")
-    if type(config.get("classifier_dropout")) not in (int, float, type(None)):
+    if type(config.get("classifier_dropout", 0.1)) not in (int, float):
         raise ValueError(f"{path}: classifier_dropout must be a number or null; got {config['classifier_dropout']!r}.")
     if type(config.get("id2label", {})) is not dict:
         raise ValueError(f"{path}: id2label must be an object; got {config['id2label']!r}.")
@@ -244,7 +244,6 @@ def _kind(source, form, tensors, classifier):
 def _model(kind, form, tensors, config, num_classes, dtype):
     options = {ours: config[theirs] for ours, theirs in SIZES.items()}
     options |= {ours: config[theirs] for ours, (theirs, _) in REST.items()}
-    options["pad_id"] = options["pad_id"] or 0
     with not_drawn():
         bert = models.BERT(**options, activation=config["hidden_act"], dtype=dtype)
     if form.name("pooler/dense/kernel") not in tensors:

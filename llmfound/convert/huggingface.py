@@ -105,9 +105,10 @@ def to_huggingface(model, folder, tokenizer=None, **config):
 def _config(folder):
     path = folder / "config.json"
     found = read_json(path)
-    if found.get("model_type") != "bert":
-        raise ValueError(f"{path} is of a {found.get('model_type')!r} model, not 'bert'.")
-    positions = found.get("position_embedding_type", "absolute")
+    family = found.get("model_type") or "bert"  # old files do not tell
+    if family != "bert":
+        raise ValueError(f"{path} is of a {family!r} model, not 'bert'.")
+    positions = found.get("position_embedding_type") or "absolute"
     if positions != "absolute" or found.get("add_cross_attention"):
         raise ValueError(
             "Only absolute positions and no cross-attention can be had; got "

@@ -348,7 +348,6 @@ def test_tensors_that_do_not_fit(folder, edit, message):
 
 @pytest.mark.parametrize("config, message", [
     (dict(model_type="roberta"), "is of a 'roberta' model, not 'bert'"),
-    (dict(model_type=None), "is of a None model"),
     (dict(hidden_size=None, vocab_size=None), "lacks vocab_size, hidden_size"),
     (dict(hidden_act="mish"), "hidden_act must be one of gelu, .*; got 'mish'"),
     (dict(position_embedding_type="relative_key"), "position_embedding_type='relative_key'"),
@@ -366,6 +365,16 @@ def test_configs_that_cannot_be(folder, config, message):
     rewrite(folder, **config)
     with pytest.raises(ValueError, match=message):
         from_huggingface(folder)
+
+
+def test_what_a_config_does_not_tell_or_has_as_null_is_usual(folder):
+    expected, path = outputs(from_huggingface(folder)), folder / "config.json"
+    config = json.loads(path.read_text())
+    usual = ["model_type", "position_embedding_type", "add_cross_attention", "id2label", "classifier_dropout",
+             "pad_token_id", "hidden_act", "is_decoder", "type_vocab_size", "layer_norm_eps"]  # fmt: skip
+    for other in ({k: v for k, v in config.items() if k not in usual}, config | dict.fromkeys(usual)):
+        path.write_text(json.dumps(other))
+        assert_close(outputs(from_huggingface(folder)), expected, tolerance=0)
 
 
 def test_files_that_are_missing_or_damaged(folder):
