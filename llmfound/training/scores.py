@@ -6,10 +6,12 @@ import string
 
 import numpy as np
 
+_KINDS = {**dict.fromkeys("biuf", "numbers"), **dict.fromkeys("UT", "str")}  # of NumPy's kinds
+
 
 def accuracy(labels, predictions):
-    """The share of predictions that are the label: float from 0 to 1. Errors: as `f1`."""
-    labels, predictions = _pair(labels, predictions)
+    """The share of predictions that are the label: float from 0 to 1. Args, errors: as `f1`."""
+    labels, predictions = _classes(labels, predictions)
     return float((labels == predictions).mean())
 
 
@@ -19,16 +21,17 @@ def f1(labels, predictions, positive=1):
     F1 = 2 TP / (2 TP + FP + FN), and 0 where nothing of the class is there or found.
 
     Args:
-        labels, predictions: sequences of int (n,), classes.
-        positive: int, the class.
+        labels, predictions: sequences (n,) of int, bool, whole float, or str: classes.
+        positive: the class.
 
     Returns:
         float from 0 to 1.
 
     Raises:
-        ValueError: if there is nothing, the two are not of one length and of rank 1, or a value is not finite.
+        ValueError: if there is nothing, the two are not of one length and of rank 1, a value is not finite or no whole
+            number, or some classes are str and others are not.
     """
-    labels, predictions = _pair(labels, predictions)
+    labels, predictions = _classes(labels, predictions, positive)
     both = ((labels == positive) & (predictions == positive)).sum()
     either = (labels == positive).sum() + (predictions == positive).sum()
     return float(2 * both / either) if either else 0.0
@@ -38,9 +41,9 @@ def matthews_correlation(labels, predictions):
     """The correlation of two classifications, of two classes or more: float from -1 to 1.
 
     (c n - sum_k p_k t_k) / sqrt((n^2 - sum_k p_k^2)(n^2 - sum_k t_k^2)),  with c of n right, p_k predictions and t_k
-    labels of class k; 0 where either has one class only, as in GLUE. Source: Gorodkin 2004. Errors: as `f1`.
+    labels of class k; 0 where either has one class only, as in GLUE. Source: Gorodkin 2004. Args, errors: as `f1`.
     """
-    labels, predictions = _pair(labels, predictions)
+    labels, predictions = _classes(labels, predictions)
     classes, places = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
     true, found = (np.bincount(x, minlength=len(classes)).astype(float) for x in np.split(places, 2))
     n = float(len(labels))
@@ -150,6 +153,23 @@ def _pair(labels, predictions, dtype=None):
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError(f"{name} must be finite; number {int(np.flatnonzero(~np.isfinite(values))[0])} is not.")
     return (labels, predictions) if dtype is None else (labels.astype(dtype), predictions.astype(dtype))
+
+
+def _classes(labels, predictions, positive=None):
+    """The two as arrays, if these and `positive` are classes of one kind."""
+    labels, predictions = (np.asarray(x.tolist()) if x.dtype == object else x for x in _pair(labels, predictions))
+    given = {"labels": labels, "predictions": predictions}
+    if positive is not None:
+        given["positive"] = np.asarray([positive])
+    for name, values in given.items():
+        if values.dtype.kind == "f" and (values % 1).any():
+            odd = values[np.flatnonzero(values % 1)[0]]
+            raise ValueError(f"{name} must be classes; got {odd}. Of logits or probabilities, take the argmax.")
+    kinds = {name: _KINDS.get(values.dtype.kind, values.dtype.name) for name, values in given.items()}
+    if set(kinds.values()) not in ({"numbers"}, {"str"}):
+        found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        raise ValueError(f"Classes must be all numbers or all str; got {found}.")
+    return labels, predictions
 
 
 def _ranks(values):

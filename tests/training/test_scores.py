@@ -66,6 +66,29 @@ def test_predictions_that_do_not_fit(score):
         score([0.0, 1.0], [0.0, math.nan])
 
 
+@pytest.mark.parametrize("labels, found, more, message", [
+    ([1, 0], ["1", "0"], {}, "all numbers or all str; got labels numbers, predictions str"),
+    ([1, 0], [0.9, 0.2], {}, "predictions must be classes; got 0.9. Of logits or probabilities, take the argmax"),
+    ([0.5, 1.0], [1, 0], {}, "labels must be classes; got 0.5"),
+    (["a", None], ["a", "b"], {}, "got labels object, predictions str"),
+    ([b"a"], [b"a"], {}, "got labels bytes8, predictions bytes8"),
+    (["a", "b"], ["a", "b"], dict(positive=1), "got labels str, predictions str, positive numbers"),
+    ([1, 0], [1, 0], dict(positive="1"), "got labels numbers, predictions numbers, positive str"),
+])  # fmt: skip
+def test_classes_that_cannot_be_compared(labels, found, more, message):
+    for score in (f1,) if more else (accuracy, matthews_correlation):
+        with pytest.raises(ValueError, match=message):
+            score(labels, found, **more)
+
+
+def test_classes_may_be_of_either_kind():
+    names = ["yes", "no", "no"]
+    for labels in (names, np.array(names), np.array(names, object)):
+        assert accuracy(labels, names) == matthews_correlation(labels, names) == f1(labels, names, "no") == 1
+    for labels in ([True, False, False], [1.0, 0.0, 0.0], np.array([1, 0, 0], object), np.array([1, 0, 0], "uint8")):
+        assert accuracy(labels, [1, 0, 0]) == matthews_correlation(labels, [1, 0, 0]) == f1(labels, [1, 0, 0]) == 1
+
+
 # SQuAD
 
 
