@@ -62,6 +62,11 @@ def main(options):
     keras.utils.set_random_seed(options.seed)
     options.folder.mkdir(parents=True, exist_ok=True)
     texts = documents(options)
+    fewest = 2 if options.no_next_sentence else 4  # some are held out, and a random next sentence is another document's
+    if len(texts) < fewest:
+        raise SystemExit(
+            f"{options.text} has {len(texts)} documents, and {fewest} are needed at least; blank lines divide them."
+        )
     held_out = texts[:: max(len(texts) // 20, 2)]
     texts = [text for i, text in enumerate(texts) if i % max(len(texts) // 20, 2)]
     if (options.folder / "tokenizer.json").exists():

@@ -87,11 +87,12 @@ def test_training_can_be_ended_early(shared):
         ("translate.py nope", "translate.py: error: there is no folder with model.keras, and no .keras file, nope"),
         ("rnnsearch.py --train nope.en nope.de --test a b", "error: [Errno 2] No such file or directory: 'nope.en'"),
         ("ulmfit.py --general wikitext-2", "--general: must be tatoeba, wikitext2, or a folder of an earlier stage 1"),
+        ("bert_pretrain.py --text file", "file has 1 documents, and 4 are needed at least; blank lines divide them"),
         ("ulmfit_ablation.py --general .", "--general: must be tatoeba, wikitext2, or a folder of an earlier stage 1"),
     ],
 )
 def test_a_mistake_is_told_at_once(command, message, tmp_path):
-    (tmp_path / "file").touch()
+    (tmp_path / "file").write_text("One sentence. Another one.\n")
     found = start("torch", *command.split(), cwd=tmp_path)
     assert found.returncode in (1, 2) and message in found.stderr.splitlines()[-1]
     assert "Traceback" not in found.stderr

@@ -92,6 +92,15 @@ def huggingface_name(path):
     return f"encoder.layer.{block[1]}.{part}.{LAST[last]}" if block else f"{part}.{LAST[last]}"
 
 
+def check_kind(kind):
+    """Raises ValueError unless this is None or a class."""
+    if kind is not None and not isinstance(kind, type):
+        raise ValueError(
+            "kind must be a class: llmfound.models.BERT, BERTPretraining, BERTClassifier, BERTTokenClassifier, "
+            f"BERTQuestionAnswering, BERTMultipleChoice, or one on these; got {kind!r}."
+        )
+
+
 def paths(model):
     """{path without the model's own name: variable} of all weights."""
     return {weight.path.split("/", 1)[1]: weight for weight in model.weights}
@@ -132,6 +141,7 @@ def read(source, form, tensors, config, kind=None, num_classes=None, dtype=None,
     Raises:
         ValueError: as `from_huggingface`.
     """
+    check_kind(kind)
     tensors = {name: x.astype("float32", copy=False) if x.dtype.kind in "fV" else x for name, x in tensors.items()}
     _check_sizes(source, form, tensors, config)
     strict = kind is None

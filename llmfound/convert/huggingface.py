@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llmfound import models
-from llmfound.convert.bert import Form, huggingface_name, listing, read, read_config, read_json, values
+from llmfound.convert.bert import Form, check_kind, huggingface_name, listing, read, read_config, read_json, values
 from llmfound.ops import gelu_tanh
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
@@ -49,6 +49,7 @@ def from_huggingface(folder, kind=None, num_classes=None, dtype=None):
         ValueError: if config.json is no BERT's or asks for what there is not, a file is damaged, or tensors are
             missing, left over, of other shapes, or untied where the model has one weight. There is no half-read model.
     """
+    check_kind(kind)
     folder = Path(folder)
     config = _config(folder)
     tensors = _modern(_tensors(folder), kind is None or issubclass(kind, models.BERTPretraining))

@@ -4,6 +4,7 @@ import itertools
 import sys
 import warnings
 from collections import namedtuple
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -449,9 +450,15 @@ def _sides(pairs):
     if not pairs:
         raise ValueError("There are no pairs; pass a list of (source, target) with at least one.")
     for i, pair in enumerate(pairs):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
+        if not _is_pair(pair):
             raise ValueError(f"Every pair is (source, target), two str; pair {i} is {str(pair)[:80]}.")
     return zip(*pairs)
+
+
+def _is_pair(value):
+    """Whether this is a sequence of two str, such as a row of an array, but no str itself."""
+    is_sequence = isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str)
+    return is_sequence and len(value) == 2 and all(isinstance(side, str) for side in value)
 
 
 def _short_enough(lengths, max_length, drop_long):

@@ -6,7 +6,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from llmfound.data.batching import _check_integers, _flattened, _joined, _LikeLengths, _padded
+from llmfound.data.batching import _check_integers, _flattened, _is_pair, _joined, _LikeLengths, _padded
 from llmfound.data.streams import _checked_labels, _counted
 
 _CHUNK = 1000  # texts encoded at a time
@@ -22,7 +22,7 @@ class SentenceBatches(_LikeLengths):
     max_length.
 
     Args:
-        texts: sequence of str, or of (str, str).
+        texts: sequence of str, or of pairs of str: tuples, lists, rows of an array.
         labels: sequence of int, 0 to num_classes - 1, or of float, scores; None for batches without labels.
         tokenizer: WordPiece, or any object with encode_batch, pad_id, cls_id and sep_id.
         num_classes: int; None takes the greatest label + 1, 2 at least. 1 says that the labels, int or float, are
@@ -313,8 +313,7 @@ def _sides(texts):
 def _kind(text):
     if isinstance(text, str):
         return "str"
-    pair = isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(side, str) for side in text)
-    return "a pair" if pair else "other"
+    return "a pair" if _is_pair(text) else "other"
 
 
 def _targets(labels, count, num_classes):

@@ -1,7 +1,7 @@
 """Public sets that pretrained models are fine-tuned to: sentences, pairs of them, and words with tags."""
 
 from llmfound.data.sets import _known, _published
-from llmfound.data.text import fetch, read_lines
+from llmfound.data.text import _up_to_the_last, fetch, read_lines
 
 RTE_CLASSES = ("entailment", "not_entailment")
 _BINARY = ("0", "1")
@@ -149,23 +149,24 @@ def read_labelled(path, texts, label, classes=None, columns=None):
     Args:
         path: str or path; compression as in `read_lines`.
         texts: str, the column of the text; or two, of a pair.
-        label: str, the column of the label.
-        classes: sequence of str, what the labels may be. None: they are numbers.
+        label: str, the column of the label; None for a file without labels, such as those that GLUE tests on.
+        classes: iterable of str, what the labels may be. None: they are numbers.
         columns: sequence of str, the columns of a file that does not name them; None takes its first line.
 
     Returns:
-        The texts, list of str, or of (str, str); and the labels, list of int, places in `classes`; without them
-        list of int if every label is written as an integer, else of float.
+        The texts, list of str, or of (str, str); and the labels, list of int, places in `classes`; without these
+        list of int if every label is written as an integer, else of float; None without a column of labels.
 
     Raises:
-        ValueError: if the file has no such column, or a line has more or fewer columns or another label, naming the
-            line; and as `read_lines`.
+        ValueError: if the file has no such column, or a line, but for empty ones at the end, has more or fewer columns
+            or another label, naming the line; and as `read_lines`.
     """
-    lines = list(enumerate(read_lines(path), start=1))
+    lines = list(enumerate(_up_to_the_last(read_lines(path)), start=1))
+    classes = None if classes is None else list(classes)
     if columns is None:
         columns = lines.pop(0)[1].split("\t")
-    needed = [texts] if isinstance(texts, str) else texts
-    missing = [name for name in (*needed, label) if name not in columns]
+    needed = [texts] if isinstance(texts, str) else list(texts)
+    missing = [name for name in (*needed, *([] if label is None else [label])) if name not in columns]
     if missing:
         raise ValueError(f"{path} has no column {', '.join(missing)}; its columns are {', '.join(columns)}.")
     found, labels = [], []
@@ -174,12 +175,16 @@ def read_labelled(path, texts, label, classes=None, columns=None):
         if len(cells) != len(columns):
             raise ValueError(f"{path}, line {number}: {len(cells)} columns instead of {len(columns)}: {line[:60]!r}.")
         row = dict(zip(columns, cells))
+        found.append(row[texts] if isinstance(texts, str) else tuple(row[name] for name in needed))
+        if label is None:
+            continue
         try:
             labels.append(_number(row[label]) if classes is None else classes.index(row[label]))
         except ValueError as error:
             expected = "a number" if classes is None else f"one of {', '.join(classes)}"
             raise ValueError(f"{path}, line {number}: {label} must be {expected}; got {row[label]!r}.") from error
-        found.append(row[texts] if isinstance(texts, str) else tuple(row[name] for name in needed))
+    if label is None:
+        return found, None
     return found, list(map(float, labels)) if any(isinstance(value, float) for value in labels) else labels
 
 
@@ -194,7 +199,8 @@ def read_conll(path):
     """Words and their tags, a word to a line and a blank line after each sentence, such as CoNLL-2003 and WNUT-17.
 
     The word is the first column of a line, the tag its last; tabs are between them, or else blanks. Lines that start
-    with -DOCSTART- are left out.
+    with -DOCSTART- are left out; and so are, in a file with tabs, the comments of CoNLL-U: lines that start with "# "
+    and have no tab. In a file without tabs these cannot be told from a word "#" and its tag, and are read as such.
 
     Args:
         path: str or path; compression as in `read_lines`.
@@ -206,9 +212,13 @@ def read_conll(path):
         ValueError: if a line has no word or no tag, naming it; and as `read_lines`.
     """
     sentences, tags, inside = [], [], False
-    for number, line in enumerate(read_lines(path), start=1):
+    lines = read_lines(path)
+    with_tabs = any("\t" in line.strip() for line in lines)
+    for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("-DOCSTART-"):
             inside = False
+            continue
+        if with_tabs and line.startswith("# ") and "\t" not in line:
             continue
         cells = line.split("\t" if "\t" in line else " ")
         if len(cells) < 2 or not cells[0] or not cells[-1]:

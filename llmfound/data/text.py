@@ -118,8 +118,8 @@ def read_pairs(path, split=None, columns=None):
         list of (source, target), both str.
 
     Raises:
-        ValueError: if a line has too few or, without `columns`, too many columns, or no row has this split; and as
-            `read_lines`.
+        ValueError: if a line, but for empty ones at the end, has too few or, without `columns`, too many columns, or no
+            row has this split; and as `read_lines`.
     """
     first, second = columns or (0, 1)
     if min(first, second) < 0:
@@ -127,7 +127,7 @@ def read_pairs(path, split=None, columns=None):
     offset = 0 if split is None else 1
     needed = offset + max(first, second) + 1
     pairs, splits = [], set()
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(_up_to_the_last(read_lines(path)), start=1):
         cells = line.split("\t")
         if len(cells) < needed or (columns is None and len(cells) > needed):
             raise ValueError(
@@ -140,6 +140,12 @@ def read_pairs(path, split=None, columns=None):
     if not pairs:
         raise ValueError(f"{path} has no row of split {split!r}; its first column holds {sorted(splits)[:5]}.")
     return pairs
+
+
+def _up_to_the_last(lines):
+    """The lines without empty ones at the end; the first in any case."""
+    last = max((i for i, line in enumerate(lines) if line), default=0)
+    return lines[: last + 1]
 
 
 def read_parallel(source_path, target_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmfound.data.text import read_lines
+from llmfound.data.text import _up_to_the_last, read_lines
 from llmfound.data.tokenizers import Tokenizer, _is_text, _shortened
 
 PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of every WordPiece trained here
@@ -176,7 +176,7 @@ class WordPiece(Tokenizer):
 
     @classmethod
     def _load_vocabulary(cls, path, given):
-        pieces = read_lines(path)
+        pieces = _up_to_the_last(read_lines(path))
         words = (piece.removeprefix("##") for piece in pieces)
         settings = dict(lowercase=not any(word.isalpha() and word != word.lower() for word in words))
         for told in (_configured(path.parent), given):

@@ -377,6 +377,12 @@ def test_what_a_config_does_not_tell_or_has_as_null_is_usual(folder):
         assert_close(outputs(from_huggingface(folder)), expected, tolerance=0)
 
 
+@pytest.mark.parametrize("kind", ["BERT", 3])
+def test_a_kind_that_is_no_class(folder, kind):
+    with pytest.raises(ValueError, match=rf"kind must be a class: llmfound.models.BERT, .*; got {kind!r}\."):
+        from_huggingface(folder, kind)
+
+
 def test_files_that_are_missing_or_damaged(folder):
     whole = (folder / "model.safetensors").read_bytes()
     for content in (whole[:-5], whole[:100], b"", b"not one"):

@@ -190,6 +190,12 @@ def test_a_tokenizer_may_give_arrays():
     assert contents(found) == contents(plain)
 
 
+def test_pairs_may_be_rows_of_an_array():
+    pairs = random_pairs(20)
+    found, expected = (TranslationBatches(x, Letters(), batch_size=4) for x in (np.array(pairs), pairs))
+    assert contents(found) == contents(expected)
+
+
 def test_unshuffled_order_is_that_of_the_pairs():
     pairs = [("a", letter) for letter in "abcdefghij"]
     assert contents(TranslationBatches(pairs, Letters(), batch_size=3, shuffle=False)) == list(expected(pairs))

@@ -51,6 +51,12 @@ def test_one_segment_and_two():
     assert x["segment_ids"].dtype == "int32" and y.dtype == "float32" and y.tolist() == [0.5, 2]
 
 
+def test_pairs_may_be_rows_of_an_array():
+    pairs = [("ab", "c"), ("a", "b")]
+    found, expected = (SentenceBatches(x, None, TOKENIZER)[0] for x in (np.array(pairs), pairs))
+    assert all((found[name] == expected[name]).all() for name in expected)
+
+
 def test_pairs_lose_one_token_at_a_time_from_the_longer():
     pairs = [(a, b) for a, b in zip(random_texts(range(1, 13)), random_texts(RNG.integers(1, 13, 12)))]
     pairs += [("abcdefgh", "hgfedcba"), ("a", "abcdefgh"), ("abcdefgh", "a")]
@@ -147,6 +153,7 @@ def test_which_labels_are_classes_and_which_are_scores(recwarn):
 @pytest.mark.parametrize("texts, labels, options, message", [
     ([], [], {}, "There are no texts"),
     ("ab", [0], {}, "got one str, 'ab'"),
+    (["ab", {"a", "b"}], [0, 1], {}, "text 1 is .*, other, text 0 is str"),
     (["a", ("a", "b")], [0, 1], {}, r"text 1 is \"\('a', 'b'\)\", a pair, text 0 is str"),
     ([("a", "b", "c")], [0], {}, "text 0 is .*, other"),
     ([3, "a"], [0, 1], {}, "text 0 is '3', other"),

@@ -1,5 +1,6 @@
 """Public sets to fine-tune on, in the form of their authors and in the form that is hashed."""
 
+import numpy as np
 import pytest
 from test_sets import hashed
 
@@ -79,14 +80,32 @@ def test_any_file_with_labels(tmp_path):
         assert labels == expected and {type(label) for label in labels} == {type(expected[0])}
 
 
+def test_a_file_without_labels(tmp_path):
+    path = tmp_path / "test.tsv"
+    path.write_text("index\ta\tb\n0\tx\ty\n1\tz\tw\n\n")
+    assert read_labelled(path, "a", None) == (["x", "z"], None)
+    assert read_labelled(path, ("a", "b"), None) == ([("x", "y"), ("z", "w")], None)
+    with pytest.raises(ValueError, match="has no column c; its columns are index, a, b"):
+        read_labelled(path, "c", None)
+
+
+def test_classes_may_come_in_any_iterable(tmp_path):
+    path = tmp_path / "file.tsv"
+    path.write_text("text\tlabel\nx\tno\ny\tyes\n")
+    for classes in ({"yes": 0, "no": 1}, np.array(["yes", "no"]), iter(["yes", "no"])):
+        assert read_labelled(path, "text", "label", classes) == (["x", "y"], [1, 0])
+
+
 @pytest.mark.parametrize("content, message", [
     ("text\tlabels\nx\t1\n", "has no column label; its columns are text, labels"),
     ("text\tlabel\nx\t1\ny\n", r"line 3: 1 columns instead of 2: 'y'"),
     ("text\tlabel\nx\t1\ty\n", r"line 2: 3 columns instead of 2"),
     ("text\tlabel\nx\t2\n", "line 2: label must be one of 0, 1; got '2'"),
+    ("text\tlabel\nx\t1\n\ny\t1\n", "line 3: 1 columns instead of 2"),
     ("", "is empty"),
+    ("\n\n", "has no column text, label"),
 ])  # fmt: skip
-def test_files_without_labels(content, message, tmp_path):
+def test_files_whose_labels_are_missing(content, message, tmp_path):
     path = tmp_path / "file.tsv"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -109,6 +128,10 @@ def test_columns_between_words_and_tags(tmp_path):
     path = tmp_path / "conll.txt"
     path.write_text("-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\nPeter NNP B-NP B-PER\n\n")
     assert read_conll(path) == ([["EU", "rejects"], ["Peter"]], [["B-ORG", "O"], ["B-PER"]])
+    path.write_text("# id = 1\na\tO\n# x\n#\tB-x\n\n\t\n# id = 2\n# b\tO\n")
+    assert read_conll(path) == ([["a", "#"], ["# b"]], [["O", "B-x"], ["O"]])
+    path.write_text("# O\na B-x\n\t\n# B-y\n")
+    assert read_conll(path) == ([["#", "a"], ["#"]], [["O", "B-x"], ["B-y"]])
     for line in ("word", "\tO", "word\t", "word "):
         path.write_text(f"a\tO\n{line}\n")
         with pytest.raises(ValueError, match="line 2: a word and its tag are expected"):

@@ -40,6 +40,14 @@ def test_pairs(tmp_path):
     assert data.read_pairs(path, columns=(1, 0)) == [("b", "a"), ("", "c d")]
 
 
+def test_empty_lines_at_the_end_are_no_pairs(tmp_path):
+    assert data.read_pairs(write(tmp_path / "end.tsv", "a\tb\nc\td\n\n\n")) == [("a", "b"), ("c", "d")]
+    with pytest.raises(ValueError, match=r"middle.tsv, line 2: 1 tab-separated columns where 2 are needed"):
+        data.read_pairs(write(tmp_path / "middle.tsv", "a\tb\n\nc\td\n"))
+    with pytest.raises(ValueError, match=r"empty.tsv, line 1: 1 tab-separated columns"):
+        data.read_pairs(write(tmp_path / "empty.tsv", "\n\n"))
+
+
 def test_pairs_of_a_split(tmp_path):
     path = write(tmp_path / "splits.tsv", "train\ta\tb\tby x\ntest\tc\td\tby y\n")
     assert data.read_pairs(path, split="test", columns=(0, 1)) == [("c", "d")]

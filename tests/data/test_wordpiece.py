@@ -243,7 +243,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
-@pytest.mark.parametrize("last", ["", "\n"])
+@pytest.mark.parametrize("last", ["", "\n", "\n\n\n"])
 def test_a_vocabulary_of_lines(tmp_path, ending, last):
     path = tmp_path / "vocab.txt"
     pieces = [*VOCABULARY, "\u2028", "\x85", "\u3000"]  # ids are positions, whatever the pieces
