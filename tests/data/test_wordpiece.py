@@ -428,7 +428,7 @@ def test_folders_without_a_tokenizer(tmp_path):
     (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n\xff\n")
     with pytest.raises(ValueError, match="not valid UTF-8"):
         WordPiece.load(tmp_path)
-    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "", ""]), "utf-8")
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "", "more"]), "utf-8")
     with pytest.raises(ValueError, match=rf"vocab.txt: Piece {len(VOCABULARY)}, '', is empty"):
         WordPiece.load(tmp_path)
     for content, message in (("{", "is not JSON"), ("[1]", "holds no JSON object")):
