@@ -86,15 +86,19 @@ def fresh_session():
 
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory():
-    """After each file JAX lets go of what it compiled: after half of them it held 5 GB in 19,000 maps of memory.
-
-    What is left then stays for good. Keras collects garbage whenever an attribute of a layer is removed, dozens of
-    times to quantize a model, and on TensorFlow each look at all that there is took seconds.
-    """
+    """After each file JAX lets go of what it compiled: after half of them it held 5 GB in 19,000 maps of memory."""
     yield
-    gc.collect()
     if keras.backend.backend() == "jax":
         import jax
 
+        gc.collect()
         jax.clear_caches()
-    gc.freeze()
+
+
+@pytest.fixture
+def weights_go_quickly(monkeypatch):
+    """Keras collects garbage whenever a layer loses a weight, a dozen times to quantize a model.
+
+    Late in a suite, with all that TensorFlow has made by then, each took seconds.
+    """
+    monkeypatch.setattr(gc, "collect", lambda *args: 0)

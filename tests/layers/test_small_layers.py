@@ -62,7 +62,7 @@ def test_the_mask_of_an_embedding_is_passed_on(layer):
 # Dense
 
 
-def test_dense_is_keras_dense_also_after_lora_and_quantization():
+def test_dense_is_keras_dense_also_after_lora_and_quantization(weights_go_quickly):
     x, layer, other = fixture("x", (2, 3, 4)), Dense(5, "gelu"), keras.layers.Dense(5, "gelu")
     for one in (layer, other):
         one.build((None, 3, 4))

@@ -7,6 +7,7 @@ import pytest
 from llmfound import convert, decoding, layers, models, training
 from llmfound.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("weights_go_quickly")
 IDS = np.random.default_rng(0).integers(3, 11, (6, 5)).astype("int32")
 PAIR = {"source_ids": IDS, "target_ids": IDS[:, ::-1].copy()}
 

@@ -40,7 +40,7 @@ def batch(source=SOURCE, target=TARGET):
 
 
 def log_probs(model, inputs, labels):
-    logits = model.predict_on_batch(inputs).astype("float64")
+    logits = ops.convert_to_numpy(model(inputs)).astype("float64")
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return np.take_along_axis(log_p, np.asarray(labels)[..., None], -1)[..., 0]
 
@@ -202,21 +202,21 @@ def test_only_the_backward_encoder_sees_the_last_word_at_the_first_position():
 def test_no_word_sees_its_future_and_none_reads_the_start_token(model_class, ordering):
     model = filled(tiny(model_class, **({} if model_class is DL4MT else dict(ordering=ordering))))
     inputs = batch()
-    before = model.predict_on_batch(inputs)
+    before = ops.convert_to_numpy(model(inputs))
     inputs["target_ids"] = np.array([[9, 4, 6, 11]], "int32")  # the start token, and the word before the last
-    after = model.predict_on_batch(inputs)
+    after = ops.convert_to_numpy(model(inputs))
     np.testing.assert_allclose(after[:, :3], before[:, :3], atol=1e-6)
     assert np.abs(after[:, 3] - before[:, 3]).max() > 1e-4
 
 
 @pytest.mark.parametrize("model_class", [RNNsearch, RNNencdec])
-def test_a_quantized_model_computes_nearly_the_same(model_class):
+def test_a_quantized_model_computes_nearly_the_same(model_class, weights_go_quickly):
     model, inputs = filled(tiny(model_class)), batch()
-    before = np.asarray(model.predict_on_batch(inputs))
+    before = ops.convert_to_numpy(model(inputs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which layers stay as they are
         model.quantize("int8")
-    found = np.asarray(model.predict_on_batch(inputs))
+    found = ops.convert_to_numpy(model(inputs))
     assert 0 < np.abs(found - before).max() < 0.05 * np.abs(before).max()
     scores, _ = decoding.score(model, {"source_ids": SOURCE}, TARGET, start_id=1)
     assert_close(scores, log_probs(model, inputs, TARGET), 1e-4)
