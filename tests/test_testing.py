@@ -329,6 +329,15 @@ def test_arguments_may_come_in_order_and_other_shapes_are_refused():
         check_layer(lambda: Mix(2), (X, MASK), expected_shape=(3, 5, 4), skip=skip)
 
 
+def test_a_layer_that_carries_its_state_on_is_judged_from_its_start():
+    skip = dict.fromkeys(set(ALL) - {"deterministic", "functional", "variable_length", "save"}, "another matter")
+    report = check_layer(
+        lambda: layers.LSTM(2, stateful=True, return_sequences=True), {"sequences": X, "mask": MASK}, mask="mask",
+        skip=skip,
+    )  # fmt: skip
+    assert set(report.done) == set(ALL) - set(skip)
+
+
 def test_what_is_not_checked_is_reported():
     reasons = {"fit": "it has a reason", "save": "so has this"}
     report = check_layer(lambda: layers.Activation("tanh", name="plain"), (X,), skip=reasons)
@@ -350,6 +359,7 @@ SAME = mix()
     [
         (lambda: check_layer(mix, INPUTS, mask="no"), ValueError, r"mask must name .* \['x', 'mask'\]; got 'no'"),
         (lambda: check_layer(mix, INPUTS, mask="x"), ValueError, "mask must name a bool .*got 'x'"),
+        (lambda: check_layer(mix, list(INPUTS.values())), ValueError, "inputs must be a dict .*; got <class 'list'>"),
         (lambda: check_layer(mix, {"x": 3}), ValueError, "The inputs must hold NumPy arrays; got {'x': 3}"),
         (lambda: check_layer(mix, INPUTS, skip={"speed": "slow"}), ValueError, "checks: .*; got {'speed'"),
         (lambda: check_layer(mix, INPUTS, skip={"fit": ""}), ValueError, "reason for leaving it out"),

@@ -12,7 +12,7 @@ import numpy as np
 from keras import tree
 
 from llmfound.testing.numbers import assert_close, leaves
-from llmfound.testing.subjects import EXTRA, LayerSubject, ModelSubject
+from llmfound.testing.subjects import EXTRA, LayerSubject, ModelSubject, reset_states
 
 
 @dataclasses.dataclass
@@ -136,6 +136,7 @@ def _check_output(subject):
 
 
 def _check_deterministic(subject):
+    reset_states(subject.layer)
     again = subject.layer(**subject.arguments)  # without training=False: that is the default
     assert_close(again, subject.outputs, subject.limits.tolerance, "output of a second call")
 
@@ -196,6 +197,7 @@ def _check_functional(subject):
     model = subject.functional
     if len(model.weights) != len(subject.weights):
         raise AssertionError(f"the model has {len(model.weights)} weights; the layer has {len(subject.weights)}.")
+    reset_states(model)
     outputs = model(subject.arrays(), training=False)
     assert_close(outputs, subject.outputs, subject.limits.tolerance, "output in a functional model")
 
@@ -208,6 +210,7 @@ def _check_variable_length(subject):
         (arguments, outputs) for _, arguments, _, outputs in subject.padded
     ]
     for arguments, expected in cases:
+        reset_states(model)
         outputs = model.predict(subject.arrays(arguments), batch_size=subject.batch_size, verbose=0)
         shapes = [x.shape for x in subject.arrays(arguments)]
         assert_close(outputs, expected, subject.limits.tolerance, f"output of predict for inputs {shapes}")
@@ -219,6 +222,7 @@ def _check_save(subject):
         path = pathlib.Path(folder) / "model.keras"
         model.save(path)
         loaded = keras.saving.load_model(path)  # safe mode is the default
+    reset_states(loaded)
     outputs = loaded(inputs, training=False)
     assert_close(outputs, subject.outputs, subject.limits.tolerance, "output after save and load")
 

@@ -121,6 +121,8 @@ class LayerSubject(Subject):
     def __init__(self, make, layer, arguments, mask=None, prepare=None):
         if isinstance(arguments, tuple):
             arguments = dict(zip(inspect.signature(layer.call).parameters, arguments))
+        if not isinstance(arguments, dict):
+            raise ValueError(f"inputs must be a dict of call arguments, or a tuple of them; got {type(arguments)}.")
         if mask is not None and (np.ndim(arguments.get(mask)) != 2 or arguments[mask].dtype != bool):
             raise ValueError(f"mask must name a bool (batch, length) array among {list(arguments)}; got {mask!r}.")
         super().__init__(make, layer, arguments, prepare)
