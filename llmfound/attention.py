@@ -1,6 +1,7 @@
 """What the attention layers of any model look at: captured for a batch, and shown in one page of HTML."""
 
 import base64
+import collections
 import html
 import json
 import pathlib
@@ -29,7 +30,8 @@ def capture(model, inputs, layers=None):
 
     Returns:
         dict, the layer's path -> NumPy float32 (batch, heads, queries, keys), in the order of the calls; additive
-        attention has one head. Of a layer that is called more than once, the last call.
+        attention has one head. Of a layer that is called more than once, the last call; of several layers of one
+        path, the second has _1 at the end of its name.
 
     Raises:
         ValueError: if there is no such layer, or none of them is called: RNNsearch, whose loop takes their weights
@@ -39,7 +41,14 @@ def capture(model, inputs, layers=None):
     every = [layer for layer in model._flatten_layers() if isinstance(layer, kinds)]
     if not every:
         raise ValueError(f"{model.name} has no attention layer, neither MultiHeadAttention nor AdditiveAttention.")
-    names = {id(one): one.path.removeprefix(f"{model.name}/") for one in every}
+    inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
+    if not all(one.built for one in every):
+        model(inputs, training=False)
+    names, taken = {}, collections.Counter()
+    for one in every:
+        name = (one.path or one.name).removeprefix(f"{model.name}/")
+        names[id(one)] = f"{name}_{taken[name]}" if taken[name] else name
+        taken[name] += 1
     parts = [""] if layers is None else [layers] if isinstance(layers, str) else list(layers)
     chosen = [one for one in every if any(part in names[id(one)] for part in parts)]
     if not chosen:
@@ -66,7 +75,7 @@ def capture(model, inputs, layers=None):
     for layer in chosen:
         object.__setattr__(layer, "call", listening(layer, layer.call))  # past Keras's tracking of attributes
     try:
-        model(keras.tree.map_structure(ops.convert_to_tensor, inputs), training=False)
+        model(inputs, training=False)
     finally:
         for layer in chosen:
             object.__delattr__(layer, "call")
@@ -124,13 +133,16 @@ def report(captured, query_tokens, key_tokens=None, path="attention.html", title
         pathlib.Path, of the page, less than 1 MB.
 
     Raises:
-        ValueError: if there are no weights or some are not finite, a layer has no tokens or more of them than weights,
-            one list is given for different texts, or the page would be larger.
+        ValueError: if there are no weights, or not of this row, or some are not finite, a layer has no tokens or more
+            of them than weights, one list is given for different texts, or the page would be larger.
     """
     if not captured:
         raise ValueError("There is nothing to show: captured is empty.")
     crossing = {name: "cross" in name or np.shape(w)[-2] != np.shape(w)[-1] for name, w in captured.items()}
     _check_one_text(crossing, query_tokens, key_tokens)
+    rows = min(map(len, captured.values()))
+    if not -rows <= row < rows:
+        raise ValueError(f"row must be one of the {rows} rows that were captured; got {row}.")
     shown = []
     for name, weights in captured.items():
         queries = _tokens(query_tokens, name)

@@ -51,6 +51,28 @@ def test_layers_are_chosen_by_name_and_the_others_keep_their_path(transformer, m
     assert list(attention.capture(transformer, IDS, "encoder_block_1")) == list(found)  # one name, not its letters
 
 
+def test_layers_of_one_name_and_layers_that_were_never_called():
+    class Stack(keras.Model):
+        def __init__(self):
+            super().__init__(name="stack")
+            self.blocks = [PreLNBlock(8, 2, 16, name="block") for _ in range(2)]
+            self.unused = AdditiveAttention(4)
+
+        def call(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    x, model = fixture("x", (2, 4, 8)).astype("float32"), Stack()
+    for _ in range(2):  # the first time it is not built
+        found = attention.capture(model, x)
+        assert list(found) == ["block/attention", "block/attention_1"]
+        between = model.blocks[0](x)
+        for name, block, seen in zip(found, model.blocks, (x, between)):
+            assert_close(found[name], block(seen, return_weights=True)[1]["self"], 1e-6)
+    assert list(attention.capture(PreLNBlock(8, 2, 16, name="alone"), x)) == ["attention"]
+
+
 def test_inside_anything():
     class Reader(keras.Model):
         def __init__(self):
@@ -189,6 +211,8 @@ def test_what_cannot_be_shown(transformer, tmp_path):
     with pytest.raises(ValueError, match="layer has weights that are not finite"):
         attention.report({"layer": np.full((1, 1, 2, 2), np.nan)}, ["a", "b"], path=tmp_path / "page.html")
     found = attention.capture(transformer, IDS, ["encoder_block_0"])
+    with pytest.raises(ValueError, match="row must be one of the 2 rows that were captured; got 2"):
+        attention.report(found, list("abcd"), path=tmp_path / "page.html", row=2)
     with pytest.raises(ValueError, match="has weights for 4 queries and 4 keys, but there are 5 and 5 tokens"):
         attention.report(found, list("abcde"), path=tmp_path / "page.html")
     with pytest.raises(ValueError, match="no tokens for encoder_block_0/attention; there are for decoder"):
