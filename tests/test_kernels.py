@@ -264,6 +264,14 @@ def test_dot_product_attention(mask, bias):
         assert_equals_numpy("attention_weights", weights, query, key, call=call)
 
 
+@pytest.mark.parametrize("body", bodies("attention_weights"))
+def test_a_score_beyond_float16_is_masked_as_others_are(body):
+    query = ops.convert_to_tensor(np.full((1, 2, 1, 4), 200, "float16"))
+    key = ops.convert_to_tensor(np.array([-6e4, 0, 6e4], "float16")[:, None] * np.ones((1, 2, 3, 4), "float16"))
+    weights = body(query, key, ops.convert_to_tensor(np.array([True, True, False])[None, None, None]))
+    np.testing.assert_array_equal(numpy(weights)[0, 0, 0], [0, 1, 0])
+
+
 def test_a_bias_is_learnt():
     query, key, value = random(1, 2, 3, 4), random(1, 2, 4, 4, seed=1), random(1, 2, 4, 3, seed=2)
 
@@ -793,13 +801,14 @@ def test_portable_dropout_obeys_the_laws_of_the_native_one(law):
 # Decoding
 
 
-def test_top_k_takes_the_first_of_equal_values():
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_top_k_takes_the_first_of_equal_values(dtype):
     x = np.array([[1, 3, 3, 0, 3], [2, 2, 2, 2, 2], [5, 4, 3, 2, 1], [-0.0, 0, -1, 0, -0.0]], "float32")
     for k in (1, 2, 4, 5):
-        values, indices = kernels.top_k(ops.convert_to_tensor(x), k)
+        values, indices = kernels.top_k(ops.convert_to_tensor(x, dtype), k)
         order = np.argsort(-x, axis=-1, kind="stable")[:, :k]
         np.testing.assert_array_equal(numpy(indices), order)
-        np.testing.assert_array_equal(numpy(values), np.take_along_axis(x, order, -1))
+        np.testing.assert_array_equal(numpy(ops.cast(values, "float32")), np.take_along_axis(x, order, -1))
         assert keras.backend.standardize_dtype(indices.dtype) == "int32"
 
 

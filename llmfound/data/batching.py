@@ -484,11 +484,17 @@ def _encoded(texts, tokenizer, side, specials):
         raise ValueError(f"The {side} tokenizer has no {', '.join(missing)}; name the piece when loading it.")
     before = [tokenizer.start_id] if "start_id" in specials else []
     after = [tokenizer.end_id]
-    chunks = (texts[i : i + _CHUNK] for i in range(0, len(texts), _CHUNK))
+    chunks = (list(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK))
     rows = _joined(_flattened([[*before, *ids, *after] for ids in tokenizer.encode_batch(chunk)]) for chunk in chunks)
+    if len(rows.lengths) != len(texts):
+        raise ValueError(f"The {side} tokenizer gives ids of {len(rows.lengths)} texts for {len(texts)}.")
     low, high = rows.flat.min(), rows.flat.max()
     if low < 0 or high >= tokenizer.vocab_size:
         raise ValueError(f"The {side} tokenizer gives ids {low} to {high}, outside 0 to {tokenizer.vocab_size - 1}.")
+    if not 0 <= tokenizer.pad_id < tokenizer.vocab_size:
+        raise ValueError(
+            f"The {side} tokenizer has pad_id {tokenizer.pad_id}, outside 0 to {tokenizer.vocab_size - 1}."
+        )
     return rows
 
 

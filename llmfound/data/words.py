@@ -74,7 +74,8 @@ class WordTokenizer(Tokenizer):
 
     def __init__(self, json_text, pad=None, start=None, end=None, unk=None):
         super().__init__(json_text, pad, start, end, unk)
-        self.marks = self._tokenizer.token_to_id(MARKS[0]) is not None
+        # A text that is marked already has them as words among others; none has these four as its most frequent ones.
+        self.marks = [self._tokenizer.token_to_id(mark) for mark in MARKS] == [4, 5, 6, 7]
 
     @classmethod
     def train(cls, texts, vocab_size=60_000, min_frequency=2, marks=True):

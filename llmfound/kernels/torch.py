@@ -73,8 +73,9 @@ def attention_weights(query, key, mask=None, bias=None):
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        # A bias may be -inf, which no product makes finite.
-        if bias is None and scores.device.type == "cpu" and 2 * mask.numel() <= scores.numel():
+        # A bias may be -inf, and so may scores of float16, which no product makes finite.
+        finite = bias is None and query.dtype != torch.float16
+        if finite and scores.device.type == "cpu" and 2 * mask.numel() <= scores.numel():
             real = mask.to(scores.dtype)
             scores.mul_(real).add_((1 - real) * reference.MASKED)
         else:
@@ -311,7 +312,7 @@ def top_k(x, k):
 
     The largest alone comes from NumPy on the CPU, whose argmax takes a tenth of torch's time.
     """
-    if k == 1 and x.device.type == "cpu":
+    if k == 1 and x.device.type == "cpu" and x.dtype != torch.bfloat16:  # which NumPy has not
         indices = torch.from_numpy(x.detach().numpy().argmax(axis=-1, keepdims=True))
         return torch.take_along_dim(x, indices, dim=-1), indices.int()
     values, indices = torch.topk(x, min(k + 1, x.shape[-1]))

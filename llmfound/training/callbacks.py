@@ -3,6 +3,7 @@
 import collections
 import datetime
 import math
+import numbers
 import sys
 import threading
 import time
@@ -45,7 +46,7 @@ class Progress(keras.callbacks.Callback):
         super().__init__()
         if hasattr(tokens, "tokens_per_epoch"):
             tokens = tokens.tokens_per_epoch / len(tokens)
-        if tokens is not None and not (isinstance(tokens, int | float) and tokens > 0):
+        if tokens is not None and not (isinstance(tokens, numbers.Real) and tokens > 0):
             raise ValueError(f"tokens must be positive, or batches with tokens_per_epoch and len(); got {tokens!r}.")
         if every < 0:
             raise ValueError(f"every must not be negative; got {every} seconds.")

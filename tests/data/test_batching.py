@@ -370,6 +370,12 @@ def test_errors():
     with pytest.raises(ValueError, match="The target tokenizer gives ids 2 to 70, outside 0 to 28"):
         broken = SimpleNamespace(encode_batch=lambda texts: [[70]], pad_id=0, start_id=3, end_id=2, vocab_size=29)
         TranslationBatches(pairs, Letters(), broken)
+    with pytest.raises(ValueError, match="The source tokenizer gives ids of 1 texts for 2"):
+        broken = SimpleNamespace(encode_batch=lambda texts: [[7]], pad_id=0, start_id=3, end_id=2, vocab_size=29)
+        TranslationBatches(pairs * 2, broken, Letters())
+    with pytest.raises(ValueError, match="The target tokenizer has pad_id 29, outside 0 to 28"):
+        broken = SimpleNamespace(encode_batch=lambda texts: [[7]], pad_id=29, start_id=3, end_id=2, vocab_size=29)
+        TranslationBatches(pairs, Letters(), broken)
     with pytest.raises(ValueError, match="The source tokenizer has no pad_id, end_id; name the piece"):
         TranslationBatches(pairs, SimpleNamespace(pad_id=None, end_id=None), Letters())
 

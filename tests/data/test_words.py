@@ -55,6 +55,15 @@ def test_text_that_is_tokenized_already():
     assert tokenizer.decode(tokenizer.encode("The cat @-@ sat")) == "The cat @-@ sat"
 
 
+def test_text_that_is_marked_already(tmp_path):
+    texts = ["xxmaj hello World , it's xxup usa"] * 2
+    tokenizer = WordTokenizer.train(texts, marks=False)
+    tokenizer.save(tmp_path / "words.json")
+    for one in (tokenizer, WordTokenizer.load(tmp_path / "words.json")):
+        assert not one.marks
+        assert one.decode(one.encode(texts[0])) == texts[0]
+
+
 def test_special_words_in_a_text_are_not_taken_for_them():
     tokenizer = WordTokenizer.train(["a b c"] * 3, marks=False)
     assert tokenizer.encode("a [END] b [PAD] [UNK] [START]") == [4, 3, 5, 3, 3, 3]

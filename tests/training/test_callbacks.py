@@ -149,7 +149,7 @@ def test_wrong_budgets_are_named(arguments, match):
 
 def test_plain_lines(clock, capsys):
     steps = Steps(clock, 0.5)
-    progress = Progress(tokens=100, every=1.0)
+    progress = Progress(tokens=np.int64(100), every=1.0)
     model = make_model(LinearWarmupDecay(0.1, 0, 1000))
     model.fit(X, X, batch_size=4, epochs=2, validation_data=(X, X), verbose=0, callbacks=[steps, progress])
     lines = capsys.readouterr().out.splitlines()
