@@ -257,10 +257,12 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch):
 @pytest.mark.parametrize("when", ["imports", pytest.param("jobs", marks=pytest.mark.slow)])
 def test_ctrl_c_ends_in_one_sentence(when, tmp_path):
     """The signal goes to all processes, as a terminal sends it; again if it came where Python ignores exceptions."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background may ignore it
     process = subprocess.Popen(
         [sys.executable, "-m", "llmfound", "reproduce", "preln-gradients", "--scale", "tiny", "--seeds", "20", "--jobs",
          "2", "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     if when == "imports":
         time.sleep(0.5)
     else:
@@ -273,7 +275,8 @@ def test_ctrl_c_ends_in_one_sentence(when, tmp_path):
             break
         except subprocess.TimeoutExpired:
             continue
-    assert errors == "Interrupted. What was done is kept, and the same command goes on.\n" and process.returncode == 1
+    assert errors == "Interrupted. What was done is kept, and the same command goes on.\n"
+    assert process.returncode in (1, -signal.SIGINT)  # as Python ends where the signal met code that an import compiles
 
 
 # Intervals, and what is noise
