@@ -11,7 +11,12 @@ from llmfound import kernels
 
 
 class Configured:
-    """Rebuilds an object from its constructor arguments, and registers it, with no code in subclasses."""
+    """Rebuilds an object from its constructor arguments, and registers it, with no code in subclasses.
+
+    Arguments that may be changed later, as attributes of the same names, are listed in `settable`.
+    """
+
+    settable = ()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -35,13 +40,19 @@ class Configured:
         return self
 
     def get_config(self):
-        arguments = {k: keras.saving.serialize_keras_object(v) for k, v in self._arguments.items()}
+        arguments = {k: keras.saving.serialize_keras_object(v) for k, v in {**self._arguments, **_set(self)}.items()}
         return {**arguments, **super().get_config()}  # name, dtype and trainable as they are now
 
     @classmethod
     def from_config(cls, config):
         restore = keras.saving.deserialize_keras_object
         return cls(**{k: restore(v) if isinstance(v, (dict, list, tuple)) else v for k, v in config.items()})
+
+
+def _set(layer):
+    """{name: value} of the arguments of a layer that were changed after it was made."""
+    names = (name for name in getattr(layer, "settable", ()) if name in layer._arguments)
+    return {name: getattr(layer, name) for name in names if getattr(layer, name) != layer._arguments[name]}
 
 
 def _in_order(cls):
@@ -178,7 +189,7 @@ class Layer(Direct, BuiltByCall, Configured, keras.layers.Layer):
 
 
 def _changes(layer):
-    """What was done to sublayers after they were made, which no constructor tells: frozen, adapted, quantized.
+    """What was done to sublayers after they were made, which no constructor tells: frozen, adapted, quantized, set.
 
     By their places in the layer. Keras itself keeps it for the layers of functional models only.
     """
@@ -192,6 +203,8 @@ def _changes(layer):
         if part.quantization_mode is not None:
             config = keras.saving.serialize_keras_object(getattr(part, "quantization_config", None))
             change["quantized"] = [part.quantization_mode, config]
+        if values := _set(part):
+            change["set"] = values
         if change:
             found[str(place)] = {"class": type(part).__name__, **change}
     return {"changes": found} if found else {}
@@ -209,6 +222,8 @@ def _change(layer, config):
             part.quantize(mode, config=keras.saving.deserialize_keras_object(settings))
         if "lora" in change and not part.lora_enabled:
             part.enable_lora(*change["lora"])
+        for name, value in change.get("set", {}).items():
+            setattr(part, name, value)
         if "trainable" in change:  # the setter would change what is inside as well
             part._trainable, *trained = change["trainable"]
             for variable, value in zip(part._trainable_variables, trained):
@@ -232,6 +247,19 @@ def lean(layer, x):
     if type(layer).call is keras.layers.LayerNormalization.call and layer.axis == [-1] and not layer.rms_scaling:
         return kernels.layer_norm(x, layer.gamma, layer.beta, layer.epsilon)
     return layer.call(x)
+
+
+def plain(size):
+    """An int for one of NumPy's, such as ids.max() + 1, which Keras's embeddings refuse."""
+    return int(size) if isinstance(size, np.integer) else size
+
+
+def is_known(length):
+    """Whether this is the length of a sequence, and does not stand for any while a backend traces.
+
+    On PyTorch, where only shapes are asked for, Keras (3.15.1) puts 83 and then 89 for a length that is open.
+    """
+    return isinstance(length, int) and not (length in (83, 89) and in_symbolic_scope())
 
 
 def _integers(x):

@@ -636,6 +636,41 @@ def test_dropout_keeps_shape_and_dtype(dtype):
     assert set(np.unique(numpy(ops.cast(x, "float32")))) == {0.0, 4.0}
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="keras.RematScope fails elsewhere, as with Keras's layers"
+)
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_forward_pass_that_is_repeated_drops_the_same(reentrant):
+    """Three passes, one inside another, before their way back; None is keras.RematScope."""
+    import torch
+
+    def gradient(repeats):
+        def repeated(f):
+            if not repeats:
+                return f
+            if reentrant is None:
+                return keras.remat(f)
+            return lambda *args: torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=reentrant)
+
+        keras.utils.set_random_seed(3)
+        first, second = keras.random.SeedGenerator(), keras.random.SeedGenerator()
+        weight = torch.linspace(-1, 1, 64).reshape(8, 8).requires_grad_()
+
+        def inner(x):
+            return kernels.dropout(torch.tanh(kernels.dropout(x @ weight, 0.5, first)), 0.2, first)
+
+        def outer(x):
+            return kernels.dropout(torch.tanh(repeated(inner)(x)) @ weight, 0.3, second)
+
+        passes = [repeated(outer)(torch.ones(4, 8, requires_grad=True)) for _ in range(3)]
+        loss = sum((y * y).sum() for y in passes)
+        loss.backward()
+        return numpy(loss), numpy(weight.grad), numpy(first.state), numpy(second.state)
+
+    for actual, expected in zip(gradient(True), gradient(False)):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
 def test_a_seed_repeats_its_masks_and_advances():
     first, second = (keras.random.SeedGenerator(5) for _ in range(2))
     masks = [mask(first, (1000,)) for _ in range(3)]

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from llmfound import models
+from llmfound.base import overrides
 from llmfound.convert.assign import assign
 from llmfound.initializers import not_drawn
 from llmfound.models.bert import normal
@@ -37,6 +38,7 @@ PARTS = {
     "masked_lm": "cls.predictions", "next_sentence": "cls.seq_relationship", "classes": "classifier",
     "span": "qa_outputs", "score": "classifier",
 }  # fmt: skip
+OF_COMPUTING = "call", "encode", "pool", "embed"  # methods
 LAST = {"kernel": "weight", "embeddings": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}
 
 
@@ -48,7 +50,7 @@ class Conversion:
         copied: dict, path of each weight of the model that was read -> name of its tensor.
         new: list of str, paths of the weights that the checkpoint lacks, as they were initialised.
         left: list of str, names and shapes of the tensors that the model has no place for.
-        labels: dict, number of a class as a str -> its name, as config.json tells; `to_huggingface` writes it again.
+        labels: dict, number of a class as a str -> its name, as config.json tells.
     """
 
     copied: dict
@@ -98,6 +100,16 @@ def check_kind(kind):
         raise ValueError(
             "kind must be a class: llmfound.models.BERT, BERTPretraining, BERTClassifier, BERTTokenClassifier, "
             f"BERTQuestionAnswering, BERTMultipleChoice, or one on these; got {kind!r}."
+        )
+
+
+def check_plain(part, known):
+    """Raises ValueError if a model or an encoder of a known class computes in a way of its own."""
+    own = [name for name in OF_COMPUTING if hasattr(known, name) and overrides(part, known, name)]
+    if own:
+        raise ValueError(
+            f"{type(part).__name__} has its own {' and '.join(own)}: written as a {known.__name__}, its weights would "
+            f"give other results. A plain {known.__name__} can take them by get_weights and set_weights."
         )
 
 
@@ -162,6 +174,8 @@ def read(source, form, tensors, config, kind=None, num_classes=None, dtype=None,
     assign(model, {**tensors, **kept}, {**entries, **{path: path for path in kept}}, ignore=left)
     copied = {path: name for path, name in table.items() if path not in kept}
     labels = {} if new else config.get("id2label", {})
+    if hasattr(model, "classes") and not new:
+        model.tell(id2label=labels, problem_type=config.get("problem_type"))
     model.conversion = Conversion(copied, new, [f"{name} {tensors[name].shape}" for name in left], labels)
     if new or left:
         warnings.warn(f"{source}: {model.conversion}", stacklevel=3)

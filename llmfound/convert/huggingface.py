@@ -9,7 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from llmfound import models
-from llmfound.convert.bert import Form, check_kind, huggingface_name, listing, read, read_config, read_json, values
+from llmfound.convert.bert import (
+    Form,
+    check_kind,
+    check_plain,
+    huggingface_name,
+    listing,
+    read,
+    read_config,
+    read_json,
+    values,
+)
 from llmfound.ops import gelu_tanh
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
@@ -64,8 +74,9 @@ def from_huggingface(folder, kind=None, num_classes=None, dtype=None):
 def to_huggingface(model, folder, tokenizer=None, **config):
     """Writes a model to a folder as `transformers` reads it: config.json, model.safetensors, and a tokenizer's files.
 
-    What LoRA has learned is written into the weights that it adapts. Files of the same names are replaced. An
-    interrupted call leaves no config.json, without which nothing is read.
+    What LoRA has learned is written into the weights that it adapts. The names of the classes and the `problem_type` of
+    the checkpoint that a head was read from are written again, whether or not a .keras file was in between. Files of
+    the same names are replaced. An interrupted call leaves no config.json, without which nothing is read.
 
     Args:
         model: BERT, or one on it.
@@ -74,14 +85,16 @@ def to_huggingface(model, folder, tokenizer=None, **config):
         **config: more entries of config.json, such as id2label={0: "negative", 1: "positive"}.
 
     Raises:
-        ValueError: if this is no such model, its blocks or its activation have no like there, it is quantized,
-            id2label does not name its classes, or the tokenizer has more pieces than the model.
+        ValueError: if this is no such model, it computes in a way of its own, its blocks or its activation have no like
+            there, it is quantized, id2label does not name its classes, or the tokenizer has more pieces than the model.
     """
     from safetensors.numpy import save_file
 
     kind = next((base.__name__ for base in type(model).__mro__ if base.__name__ in OF_KIND), None)
     if kind is None:
         raise ValueError(f"{type(model).__name__} is none of {', '.join(OF_KIND)}.")
+    check_plain(model, getattr(models, kind))
+    check_plain(model.encoder, models.BERTEncoder)
     if tokenizer is not None and tokenizer.vocab_size > model.encoder.token_embedding.input_dim:
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} pieces, and the model {model.encoder.token_embedding.input_dim}."
@@ -197,10 +210,11 @@ def _settings(model, kind):
     if hasattr(model, "dropout"):
         settings["classifier_dropout"] = model.dropout.rate
     if hasattr(model, "classes"):
-        told = model.conversion.labels if hasattr(model, "conversion") else {}
-        settings["id2label"] = {str(i): told.get(str(i), f"LABEL_{i}") for i in range(model.classes.units)}
-        if kind == "BERTClassifier" and model.classes.units == 1:
-            settings["problem_type"] = "regression"
+        regression = kind == "BERTClassifier" and model.classes.units == 1
+        told = {"id2label": {}, "problem_type": "regression" if regression else None, **model.told}
+        settings["id2label"] = {str(i): told["id2label"].get(str(i), f"LABEL_{i}") for i in range(model.classes.units)}
+        if told["problem_type"] is not None:
+            settings["problem_type"] = told["problem_type"]
     return settings
 
 

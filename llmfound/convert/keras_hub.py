@@ -8,7 +8,7 @@ from keras import ops
 
 from llmfound import models
 from llmfound.convert.assign import assign
-from llmfound.convert.bert import Form, read, values
+from llmfound.convert.bert import Form, check_plain, read, values
 from llmfound.ops import gelu_tanh
 
 PARTS = {
@@ -86,6 +86,7 @@ def to_keras_hub(model):
     """
     if not isinstance(getattr(model, "encoder", None), models.BERTEncoder) or not hasattr(model, "pooler"):
         raise ValueError(f"A backbone is made of a BERT, or a model on one with a pooler; got {type(model).__name__}.")
+    check_plain(model.encoder, models.BERTEncoder)
     encoder, block = model.encoder, model.encoder.blocks[0]
     plain, dropout = models.BERTEncoder.block_class, encoder.dropout.rate
     wrong = {

@@ -1,5 +1,6 @@
 """Overrides for PyTorch."""
 
+import collections
 import functools
 import math
 
@@ -95,12 +96,34 @@ def dropout(x, rate, seed):
     """
     if x.device.type != "cpu":  # a GPU's own dropout is fast, and the meta device has no numbers
         return torch.nn.functional.dropout(x, rate)
-    generator = torch.Generator().manual_seed(_mixed(seed.next()))
+    generator = torch.Generator().manual_seed(_mixed(_words(seed)))
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     dropped = min(round(rate * 2**16), 2**16 - 1)
     keep = torch.empty(x.shape, dtype=torch.int8)  # torch multiplies by it five times as fast as by a bool
     torch.ge(words.view(torch.int16)[: x.numel()].view(x.shape), dropped - 2**15, out=keep)
     return _Dropped.apply(x, keep, 2**16 / (2**16 - dropped))
+
+
+_drawn = collections.OrderedDict()  # number of torch's generator -> the words of a Keras seed that were drawn with it
+
+
+def _words(seed):
+    """The next two words of a Keras seed; in a forward pass that PyTorch repeats, those that it had the first time.
+
+    keras.RematScope and torch.utils.checkpoint forget what a pass computed and repeat it on the way back. For that they
+    put torch's own generator back to where it was, and no seed of Keras. So wherever a pass may be repeated, a number
+    of that generator is drawn as well, by which the words are found again.
+    """
+    repeated = torch._C._current_graph_task_id() >= 0  # on the way back
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # those of a checkpoint, or others
+    if not repeated and hooks is None and torch.is_grad_enabled():
+        return seed.next()
+    number = torch.randint(2**62, ()).item()
+    if not repeated or number not in _drawn:
+        _drawn[number] = seed.next()
+        if len(_drawn) > 2**14:
+            _drawn.popitem(last=False)
+    return _drawn[number]
 
 
 def _mixed(seed):

@@ -14,7 +14,8 @@ class Dropout(Layer):
     Source: Vaswani et al. 2017, section 5.4, for its places in the Transformer.
 
     Args:
-        rate: Fraction dropped, at least 0 and below 1.
+        rate: Fraction dropped, at least 0 and below 1. `layer.rate = 0.0` changes it, and is saved; a layer made with 0
+            has no generator and stays so. As with Keras's layers, a compiled step has the rate it was compiled with.
         seed: int, for masks of its own sequence; None follows keras.utils.set_random_seed.
 
     Call arguments:
@@ -25,17 +26,29 @@ class Dropout(Layer):
         float, the shape and dtype of x.
 
     Raises:
-        ValueError: if `rate` is outside [0, 1).
+        ValueError: if `rate` is outside [0, 1), or is raised in a layer made with 0.
     """
+
+    settable = ("rate",)
 
     def __init__(self, rate, seed=None, **kwargs):
         super().__init__(**kwargs)
-        if not 0 <= rate < 1:
-            raise ValueError(f"A dropout rate is at least 0 and below 1; got {rate}.")
         self.rate = rate
         self.seed_generator = keras.random.SeedGenerator(seed) if rate > 0 else None
         self.supports_masking = True
         self.built = True
+
+    @property
+    def rate(self):
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate):
+        if not 0 <= rate < 1:
+            raise ValueError(f"A dropout rate is at least 0 and below 1; got {rate}.")
+        if rate > 0 and self.built and self.seed_generator is None:
+            raise ValueError(f"{self.name} was made with a rate of 0 and draws no masks; make it anew with {rate}.")
+        self._rate = rate
 
     def call(self, x, training=None):
         return kernels.dropout(x, self.rate, self.seed_generator) if training and self.rate > 0 else x

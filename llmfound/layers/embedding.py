@@ -3,7 +3,7 @@
 from keras import initializers, layers, ops
 
 from llmfound import kernels
-from llmfound.base import Configured, KeepsAdapter, Layer
+from llmfound.base import Configured, KeepsAdapter, Layer, is_known, plain
 from llmfound.ops import sinusoids
 
 
@@ -13,6 +13,9 @@ class Embedding(KeepsAdapter, Configured, layers.Embedding):
     Arguments, weights and results are Keras's. There, on TensorFlow, the shares that a repeated id has in the gradient
     are squared and clipped one by one by Keras's optimizers (3.15.1), so that Adam takes other steps.
     """
+
+    def __init__(self, input_dim, output_dim, *args, **kwargs):
+        super().__init__(plain(input_dim), output_dim, *args, **kwargs)
 
     def call(self, inputs):
         if self.quantization_mode is not None:
@@ -100,11 +103,13 @@ class PositionalEncoding(Layer):
 def _placed(x, table, start):
     """x plus the rows of a table of positions (max_length, dim), from row `start`."""
     length = x.shape[1]
-    known = isinstance(length, int)  # not while a backend traces for any length
+    known = is_known(length)
     check_length(length + (start if isinstance(start, int) else 0) if known else 0, table.shape[0])
     if start is None and known:
         return x + ops.cast(table[:length], x.dtype)
     positions = ops.arange(ops.shape(x)[1]) + (0 if start is None else start)
+    if isinstance(length, int) and not known:  # it matters only that there are so many rows
+        positions = ops.minimum(positions, table.shape[0] - 1)
     return x + ops.cast(ops.take(table, positions, axis=0), x.dtype)
 
 

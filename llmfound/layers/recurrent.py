@@ -110,6 +110,8 @@ class _Native:
             raise ValueError(f"weight_dropout is the native loop's, which cannot run here: {reason}.")
         if reason or (mask is None and not self.weight_dropout.rate and self.use_cudnn and _keras_has_a_gpu()):
             return super().inner_loop(sequences, initial_state, mask, training)
+        cast = lambda x: ops.cast(x, self.compute_dtype)  # noqa: E731  wrappers such as TimeDistributed leave it to us
+        sequences, initial_state = cast(sequences), [cast(state) for state in initial_state]
         if self.stateful:  # `call` will write over the variables, while PyTorch may still need what they held
             initial_state = [ops.copy(ops.stop_gradient(state)) for state in initial_state]
         if training and self.dropout:

@@ -8,7 +8,7 @@ import operator
 import numpy as np
 from keras import ops
 
-from llmfound.base import Layer, Model
+from llmfound.base import Layer, Model, is_known
 from llmfound.initializers import TruncatedNormal
 from llmfound.layers import (
     Dense,
@@ -115,7 +115,25 @@ class BERTEncoder(Layer):
 
 
 class _OnEncoder(Model):
-    """What all models on a BERTEncoder share. A subclass adds the encoder by `take`, and what stands above it."""
+    """What all models on a BERTEncoder share. A subclass adds the encoder by `take`, and what stands above it.
+
+    Attributes:
+        told: dict, what the checkpoint of a head told of its classes and nothing here reads; files keep it.
+    """
+
+    told = {}
+
+    def tell(self, **told):
+        object.__setattr__(self, "told", told)  # past Keras's tracking of attributes
+
+    def get_config(self):
+        return {**super().get_config(), **({"told": self.told} if self.told else {})}
+
+    @classmethod
+    def from_config(cls, config):
+        model = super().from_config({name: value for name, value in config.items() if name != "told"})
+        model.tell(**config.get("told", {}))
+        return model
 
     def take(self, bert, pooler=False):
         """Shares the encoder of a BERT or of another model on one, and its pooler, or makes a new pooler."""
@@ -147,7 +165,7 @@ class _OnEncoder(Model):
         if ids is None:
             return
         length = ids.shape[-1]
-        if isinstance(length, int) and length > self.encoder.max_length:
+        if is_known(length) and length > self.encoder.max_length:
             raise ValueError(
                 f"A text of {length} tokens is longer than the table of positions ({self.encoder.max_length}); "
                 f"cut it, read it in windows, or build the model with max_length={length}."

@@ -3,7 +3,7 @@
 import keras
 from keras import layers, ops
 
-from llmfound.base import Model
+from llmfound.base import Model, plain
 from llmfound.layers import Dropout, PositionalEncoding, PostLNBlock, PreLNBlock
 from llmfound.layers.embedding import check_length
 from llmfound.ops import padding_mask
@@ -69,7 +69,8 @@ class Transformer(Model):
         self.pad_id = pad_id
         self.scale = hidden_dim**0.5
         self.token_embedding = layers.ReversibleEmbedding(
-            vocab_size, hidden_dim, embeddings_initializer=keras.initializers.RandomNormal(stddev=hidden_dim**-0.5),
+            plain(vocab_size), hidden_dim,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=hidden_dim**-0.5),
             reverse_dtype="float32", name="token_embedding", **policy,
         )  # fmt: skip
         self.position = PositionalEncoding(max_length, layout, name="position", **policy)

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import tree
 
+from llmfound.base import overrides
 from llmfound.testing.numbers import assert_close, leaves
 from llmfound.testing.subjects import EXTRA, LayerSubject, ModelSubject, reset_states
 
@@ -36,8 +37,9 @@ def check_layer(make, inputs, *, expected_shape=None, mask=None, tolerance=1e-5,
     compute_output_spec says what comes out; `config` is JSON and rebuilds the layer; `copy` by deepcopy (a model: by
     clone_model); `functional`, inside a keras.Model; `variable_length`, inside one that leaves the length open,
     through predict; `save` to a .keras file and load in safe mode; `mixed_bfloat16` as global policy; `dtype` does as
-    an argument what the policy does; `gradient`, finite and not zero for every weight; `fit`, one step changes the
-    loss; `padding` moves nothing at real positions; `all_padding` gives no NaN.
+    an argument what the policy does; `gradient`, finite and not zero for every weight and every float input; `fit`, one
+    step changes the loss; `mask`, the mask of Keras that an input brings is that of the output, if that has one of its
+    length; `padding` moves nothing at real positions; `all_padding` gives no NaN.
     Weights are set to fixed numbers first, since at the usual start (zero biases) much goes unnoticed.
 
     Args:
@@ -264,12 +266,22 @@ def _check_fit(subject):
 
 
 def _check_gradient(subject):
-    if not subject.layer.trainable_weights:
-        return NO_WEIGHTS
+    if not subject.can_train:
+        return "no trainable weights, and no float inputs and outputs"
     for path, gradient in subject.fit()[1].items():
         _assert_finite(gradient, f"gradient of {path}")
         if not gradient.any():
             raise AssertionError(f"no gradient reaches {path} {gradient.shape}; all of it is zero.")
+
+
+def _check_mask(subject):
+    if subject.mask != "mask":
+        return "no argument mask= that tells padding"
+    if not subject.layer.supports_masking and not overrides(subject.layer, keras.layers.Layer, "compute_mask"):
+        return "the layer hands no mask on"
+    carried = subject.mask_carried()
+    if carried is not None and (carried != subject.arguments["mask"]).any():
+        raise AssertionError(f"the input's mask is {subject.arguments['mask']}, and the output's is {carried}.")
 
 
 def _check_padding(subject):
@@ -309,6 +321,7 @@ CHECKS = {
     "dtype": _check_dtype,
     "fit": _check_fit,
     "gradient": _check_gradient,
+    "mask": _check_mask,
     "padding": _check_padding,
     "all_padding": _check_all_padding,
 }
@@ -338,7 +351,7 @@ def _settings(layer):
     return {
         (place, f"{type(part).__name__}.{name}"): value
         for place, part in enumerate(layer._flatten_layers())  # among the attributes PyTorch hides them
-        for name, value in vars(part).items()
+        for name, value in [*vars(part).items(), *((k, getattr(part, k)) for k in getattr(part, "settable", ()))]
         if not name.startswith("_") and name not in ("name", "built") and isinstance(value, (bool, int, float, str))
     }
 

@@ -16,6 +16,8 @@ EXTRA = 3  # padded positions appended by the checks
 class Subject:
     """A layer or model with fixed weights, its call arguments and what it returns for them."""
 
+    mask = None  # name of the argument that tells padding
+
     def __init__(self, make, layer, arguments, prepare=None):
         self.make, self.layer = make, layer
         self.arguments = {name: _sorted(tree.map_structure(as_32_bits, x)) for name, x in arguments.items()}
@@ -99,10 +101,13 @@ class Subject:
     @functools.cached_property
     def trainer(self):
         """The second layer in a compiled model, whose optimizer keeps the gradients."""
-        return compiled(self.trainable(self.second), Recorder(0.1, name="recorder"), self.loss)
+        return compiled(self.trainable(self.second, shift_inputs=True), Recorder(0.1, name="recorder"), self.loss)
 
     def fit(self, arguments=None, steps=1):
-        """Steps on one batch, from the weights under test: the losses, and {weight path: gradient} of the last one."""
+        """Steps on one batch, from the weights under test: the losses, and {path: gradient} of the last one.
+
+        Of all weights, and of a layer's float inputs.
+        """
         model, losses = self.trainer, []
         for _ in range(steps):
             reset_random(model)
@@ -110,7 +115,9 @@ class Subject:
             batch = self.batch(arguments)
             history = model.fit(**batch, batch_size=self.batch_size, epochs=1, shuffle=False, verbose=0).history
             losses += history["loss"]
-        model.set_weights(self.weights)
+        self.second.set_weights(self.weights)
+        for shift in getattr(model, "shifts", {}).values():
+            shift.assign(np.zeros(shift.shape))
         paths = [weight.path for weight in model.trainable_weights]
         return losses, dict(zip(paths, [ops.convert_to_numpy(g.value) for g in model.optimizer.gradients]))
 
@@ -145,6 +152,18 @@ class LayerSubject(Subject):
     def batch(self, arguments=None):
         """What the trainer trains on."""
         return {"x": self.arrays(arguments)}
+
+    def mask_carried(self):
+        """The mask of Keras that the first output has where the first input has one, of the same length; else None."""
+        first, x = next(iter(self.arguments.items()))
+        if self.mask != "mask" or not self.is_padded(x):
+            return None
+        x = ops.convert_to_tensor(x)
+        keras.src.backend.set_keras_mask(x, ops.convert_to_tensor(self.arguments["mask"]))
+        rest = {name: value for name, value in self.arguments.items() if name not in (first, "mask")}
+        outputs = tree.flatten(self.run(self.layer, {first: x, **rest}))
+        mask = mask_of(outputs[0])
+        return None if mask is None or mask.shape != self.arguments["mask"].shape else ops.convert_to_numpy(mask)
 
     def is_padded(self, x):
         """Whether an array has the length axis of the mask."""

@@ -177,6 +177,39 @@ def test_labels_are_written(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == "regression"
 
 
+@pytest.mark.parametrize("classes, problem_type", [(3, "multi_label_classification"), (1, None), (1, "regression")])
+def test_what_a_checkpoint_told_of_its_classes_is_written_again(tmp_path, classes, problem_type):
+    names = {str(i): name for i, name in enumerate(["toxic", "insult", "threat"][:classes])}
+    to_huggingface(small(models.BERTClassifier, classes), tmp_path / "a", id2label=names, problem_type=problem_type)
+    model = from_huggingface(tmp_path / "a", models.BERTClassifier)
+    model.save(tmp_path / "model.keras")
+    for i, again in enumerate(
+        (model, keras.models.load_model(tmp_path / "model.keras"), keras.models.clone_model(model))
+    ):
+        to_huggingface(again, tmp_path / str(i))
+        config = json.loads((tmp_path / str(i) / "config.json").read_text())
+        assert config["id2label"] == names and config.get("problem_type") == problem_type
+
+
+class PoolsAnother(models.BERTClassifier):
+    def pool(self, inputs, training=None):
+        return self.encode(inputs, training)[:, 1]
+
+
+class EmbedsTwice(models.BERTEncoder):
+    def embed(self, *args, **kwargs):
+        return 2 * super().embed(*args, **kwargs)
+
+
+def test_what_computes_in_another_way_is_not_written_as_the_same(tmp_path):
+    with pytest.raises(ValueError, match="PoolsAnother has its own pool: written as a BERTClassifier"):
+        to_huggingface(small(PoolsAnother, 3), tmp_path / "new")
+    model = models.BERTQuestionAnswering(EmbedsTwice(40, 1, 16, 2, 32, max_length=24))
+    with pytest.raises(ValueError, match="EmbedsTwice has its own embed: written as a BERTEncoder"):
+        to_huggingface(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 # Files as they are found
 
 

@@ -175,6 +175,15 @@ def test_a_state_is_carried_from_batch_to_batch_in_training(name):
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_a_dtype_of_its_own_inside_a_wrapper(name):
+    """keras.layers.TimeDistributed calls what it wraps without casting."""
+    layer = getattr(layers, name)(UNITS, dtype="mixed_bfloat16")
+    y = keras.layers.TimeDistributed(layer)(X[:, None])
+    assert keras.backend.standardize_dtype(y.dtype) == "bfloat16" and y.shape == (BATCH, 1, UNITS)
+    assert_close(ops.cast(y[:, 0], "float32"), ops.cast(layer(X), "float32"), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_check_lstm_and_gru(name):
     check_layer(lambda: getattr(layers, name)(UNITS, return_sequences=True), {"sequences": X, "mask": PADDING},
                 mask="mask", expected_shape=(BATCH, LENGTH, UNITS))  # fmt: skip

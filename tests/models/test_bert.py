@@ -309,6 +309,20 @@ def test_classes_may_be_counted_by_numpy(kind, tmp_path):
     assert_close(again.predict_on_batch(INPUTS), model.predict_on_batch(INPUTS), 1e-6)
 
 
+def test_a_short_table_of_positions_in_a_functional_model_of_any_length(tmp_path):
+    """On PyTorch Keras traces it with lengths of 83 and 89."""
+    bert = BERT(**{**TINY, "max_length": 12})
+    for model in (bert, llmfound.models.Transformer(np.int64(11), 1, 8, 2, 16, max_length=12)):
+        inputs = {name: keras.Input((None,), dtype="int32", name=name) for name in model.input_signature()}
+        ids = {name: np.array([[5, 6, 7], [8, 9, 0]], "int32") for name in inputs}
+        expected = keras.tree.map_structure(ops.convert_to_numpy, model(ids))
+        model = keras.Model(inputs, model(inputs))
+        model.save(tmp_path / "model.keras")
+        assert_close(keras.models.load_model(tmp_path / "model.keras").predict(ids, verbose=0), expected, 1e-5)
+        with pytest.raises(ValueError, match="longer than"):
+            model({name: np.ones((1, 13), "int32") for name in inputs})
+
+
 def test_check_model():
     check_model(lambda: BERTClassifier(smaller(), 3), (INPUTS, np.array([0, 2])), expected_shape=(2, 3))
 

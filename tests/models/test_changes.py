@@ -61,6 +61,25 @@ def test_what_is_frozen_stays_so(name, tmp_path):
     assert float(loaded.train_on_batch(x, y)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_rate_of_dropout_that_was_changed_stays_so(tmp_path):
+    model = bert()
+    model.encoder.dropout.rate = model.dropout.rate = 0.0
+    model.encoder.blocks[1].attention.dropout.rate = 0.3
+    model.save(tmp_path / "model.keras")
+    for twin in (keras.saving.load_model(tmp_path / "model.keras"), keras.models.clone_model(model)):
+        assert (twin.encoder.dropout.rate, twin.dropout.rate) == (0, 0)
+        assert [block.attention.dropout.rate for block in twin.encoder.blocks] == [0.1, 0.3]
+        assert len(twin.variables) == len(model.variables)
+    dropout = layers.Dropout(0.5)
+    dropout.rate = 0.2
+    assert layers.Dropout.from_config(dropout.get_config()).rate == 0.2
+    with pytest.raises(ValueError, match="at least 0 and below 1; got 1"):
+        dropout.rate = 1
+    none = layers.Dropout(0.0, name="none")
+    with pytest.raises(ValueError, match="none was made with a rate of 0 and draws no masks; make it anew"):
+        none.rate = 0.5
+
+
 def test_a_frozen_part_of_a_layer(tmp_path):
     inputs = keras.Input((5, 8))
     block = layers.PreLNBlock(8, 2, 16)
