@@ -47,11 +47,14 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(items):
-    """What touches no backend runs once, on PyTorch, whose suite is the shortest."""
+    """What touches no backend, or is another case of what all run, runs once, on PyTorch, whose suite is the shortest.
+
+    The more so as TensorFlow takes 5 to 15 seconds to trace and compile a small model's step.
+    """
     if keras.backend.backend() != "torch":
         for item in items:
             if item.get_closest_marker("on_one_backend"):
-                item.add_marker(pytest.mark.skip(reason="touches no backend: the suite of PyTorch runs it"))
+                item.add_marker(pytest.mark.skip(reason="the suite of PyTorch runs it"))
 
 
 def pytest_collection_finish():

@@ -81,6 +81,7 @@ def test_a_language_model():
             assert (array == tensors[name]).all() and array.dtype == "float32", name
 
 
+@pytest.mark.on_one_backend
 def test_an_encoder_alone_or_of_a_language_model():
     for tensors, prefix in ((encoder_tensors(""), ""), (language_model_tensors(), "0.")):
         encoder = AWDLSTM(13, **SIZES)
@@ -118,6 +119,7 @@ def test_a_classifier():
      "1.decoder.weight and 0.encoder.weight differ; here they are one weight"),
     (lambda t: t.pop("0.encoder.weight"), "There is no encoder.weight of fastai's AWD_LSTM; the names begin with"),
 ])  # fmt: skip
+@pytest.mark.on_one_backend
 def test_weights_that_do_not_fit_change_nothing(change, message):
     tensors, model = language_model_tensors(), ULMFiT(13, **SIZES)
     before = model.get_weights()
@@ -127,6 +129,7 @@ def test_weights_that_do_not_fit_change_nothing(change, message):
     assert all((a == b).all() for a, b in zip(before, model.get_weights()))
 
 
+@pytest.mark.on_one_backend
 def test_a_table_that_misses_a_weight():
     model = ULMFiT(13, **SIZES)
     with pytest.raises(ValueError, match=r"embedding/embeddings \(13, 6\) has 0 entries in the table; .* more\."):

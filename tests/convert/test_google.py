@@ -141,6 +141,7 @@ def test_transformers_computes_the_same(tmp_path):
     assert_close(ours["next_sentence"], found.seq_relationship_logits.numpy(), 1e-5)
 
 
+@pytest.mark.on_one_backend
 def test_what_was_fine_tuned(folder, tmp_path):
     def only(**heads):
         def edit(tensors):
@@ -170,6 +171,7 @@ def test_what_was_fine_tuned(folder, tmp_path):
         from_google(tmp_path, config=tmp_path / "elsewhere.json")
 
 
+@pytest.mark.on_one_backend
 def test_another_kind_leaves_heads_out_and_tells():
     with pytest.warns(UserWarning, match=r"left out of the checkpoint: cls/predictions/output_bias \(12,\), "):
         assert type(from_google(GOLDEN, models.BERT)) is models.BERT
@@ -187,6 +189,7 @@ def test_another_kind_leaves_heads_out_and_tells():
      r"vocab_size is 12, and bert/embeddings/word_embeddings is \(13, 4\)"),
     (lambda t: t.update({"bert/pooler/dense/bias": np.zeros(4, "int32")}), r"be real numbers, and .*bias is int32"),
 ])  # fmt: skip
+@pytest.mark.on_one_backend
 def test_tensors_that_do_not_fit(folder, edit, message):
     rewrite(folder, edit)
     with pytest.raises(ValueError, match=message):
@@ -205,6 +208,7 @@ def test_configs_that_cannot_be(folder, config, message):
         from_google(folder)
 
 
+@pytest.mark.on_one_backend
 def test_a_vocabulary_that_is_too_large(folder):
     (folder / "vocab.txt").write_text("".join(f"w{i}\n" for i in range(12)))
     from_google(folder)
@@ -234,6 +238,7 @@ def test_files_that_are_missing(folder):
 # The files
 
 
+@pytest.mark.on_one_backend
 def test_every_damaged_byte_is_found(folder):
     """Whichever byte is wrong, nothing wrong is read."""
     index, data = folder / "bert_model.ckpt.index", folder / "bert_model.ckpt.data-00000-of-00001"
@@ -286,6 +291,7 @@ def test_entries_that_cannot_be(tmp_path, entry, message):
 
 
 @pytest.mark.parametrize("block", [1, 3, 1000])
+@pytest.mark.on_one_backend
 def test_many_tensors_in_many_blocks(tmp_path, block):
     rng = np.random.default_rng(0)
     tensors = {f"layer_{i}/{'x' * (i % 5)}": rng.normal(size=(i % 3, 2)).astype("float32") for i in range(200)}
@@ -318,6 +324,7 @@ def test_what_tensorflow_writes_now(tmp_path, shards):
     assert reader.get_tensor("a").tolist() == [1, 1, 1] and reader.get_tensor("b").tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.on_one_backend
 def test_checksums():
     assert bundle.crc32c(b"123456789") == 0xE3069283 and bundle.crc32c(b"") == 0  # RFC 3720, appendix B.4
     assert bundle.crc32c(bytes(32)) == 0x8A9136AA and bundle.crc32c(b"\xff" * 32) == 0x62A8AB43
@@ -335,6 +342,7 @@ def test_checksums():
         assert bundle.crc32c(bytes(flipped)) != bundle.crc32c(data[:size])
 
 
+@pytest.mark.on_one_backend
 def test_a_checksum_does_not_depend_on_the_rows(monkeypatch):
     data = np.random.default_rng(1).bytes(9_000_001)
     expected = bundle.crc32c(data)
@@ -344,6 +352,7 @@ def test_a_checksum_does_not_depend_on_the_rows(monkeypatch):
     assert bundle.crc32c(data) == expected
 
 
+@pytest.mark.on_one_backend
 def test_nothing_is_told_when_all_fits():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from keras import ops
+from marks import another
 from safetensors.numpy import load_file, save_file
 
 from llmfound import kernels, models, training
@@ -150,9 +151,10 @@ def test_fine_tuning_takes_the_steps_of_pytorch_and_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("kind, arguments", [
-    (models.BERT, ()), (models.BERTPretraining, ()), (models.BERTPretraining, (False,)), (models.BERTClassifier, (3,)),
-    (models.BERTClassifier, (1,)), (models.BERTTokenClassifier, (5,)), (models.BERTQuestionAnswering, ()),
-    (models.BERTMultipleChoice, ()),
+    (models.BERT, ()), (models.BERTPretraining, ()), another(models.BERTPretraining, (False,)),
+    another(models.BERTClassifier, (3,)), another(models.BERTClassifier, (1,)),
+    another(models.BERTTokenClassifier, (5,)), another(models.BERTQuestionAnswering, ()),
+    another(models.BERTMultipleChoice, ()),
 ])  # fmt: skip
 def test_there_and_back_is_the_same(kind, arguments, tmp_path):
     model = small(kind, *arguments, activation="gelu_tanh", epsilon=1e-6, dropout=0.2)
@@ -166,6 +168,7 @@ def test_there_and_back_is_the_same(kind, arguments, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.on_one_backend
 def test_labels_are_written(tmp_path):
     to_huggingface(small(models.BERTClassifier, 2), tmp_path, id2label={0: "bad", 1: "good"}, finetuning_task="sst2")
     config = json.loads((tmp_path / "config.json").read_text())
@@ -178,6 +181,7 @@ def test_labels_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("classes, problem_type", [(3, "multi_label_classification"), (1, None), (1, "regression")])
+@pytest.mark.on_one_backend
 def test_what_a_checkpoint_told_of_its_classes_is_written_again(tmp_path, classes, problem_type):
     names = {str(i): name for i, name in enumerate(["toxic", "insult", "threat"][:classes])}
     to_huggingface(small(models.BERTClassifier, classes), tmp_path / "a", id2label=names, problem_type=problem_type)
@@ -201,6 +205,7 @@ class EmbedsTwice(models.BERTEncoder):
         return 2 * super().embed(*args, **kwargs)
 
 
+@pytest.mark.on_one_backend
 def test_what_computes_in_another_way_is_not_written_as_the_same(tmp_path):
     with pytest.raises(ValueError, match="PoolsAnother has its own pool: written as a BERTClassifier"):
         to_huggingface(small(PoolsAnother, 3), tmp_path / "new")
@@ -243,6 +248,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.on_one_backend
 def test_old_names_and_copies(folder):
     expected = outputs(from_huggingface(folder))
 
@@ -263,6 +269,7 @@ def test_old_names_and_copies(folder):
 
 
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float64"])
+@pytest.mark.on_one_backend
 def test_other_dtypes(folder, dtype):
     before = from_huggingface(folder).get_weights()
     rewrite(folder, lambda tensors: {name: x.astype(dtype) for name, x in tensors.items()})
@@ -276,6 +283,7 @@ def test_a_policy_of_its_own(folder):
     assert model.encoder.compute_dtype == "bfloat16" and model.encoder.embeddings.dtype == "float32"
 
 
+@pytest.mark.on_one_backend
 def test_weights_in_parts(folder):
     before, tensors = from_huggingface(folder).get_weights(), load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -295,6 +303,7 @@ def test_weights_in_parts(folder):
             from_huggingface(folder)
 
 
+@pytest.mark.on_one_backend
 def test_the_recipe_for_a_file_of_pytorch(folder):
     torch, of_torch = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
     before, tensors = from_huggingface(folder).get_weights(), load_file(folder / "model.safetensors")
@@ -311,6 +320,7 @@ def test_the_recipe_for_a_file_of_pytorch(folder):
     assert_close(from_huggingface(folder).get_weights(), before, 0)
 
 
+@pytest.mark.on_one_backend
 def test_another_kind_leaves_heads_out_and_tells(folder):
     with pytest.warns(UserWarning, match=r"left out of the checkpoint: .*cls.seq_relationship.weight \(2, 16\)"):
         bert = from_huggingface(folder, models.BERT)
@@ -325,6 +335,7 @@ def test_another_kind_leaves_heads_out_and_tells(folder):
         from_huggingface(folder, models.BERTClassifier)
 
 
+@pytest.mark.on_one_backend
 def test_the_head_of_another_kind_is_not_taken_for_its_own(tmp_path):
     to_huggingface(small(models.BERTClassifier, 3), tmp_path)
     with pytest.raises(ValueError, match="no classifier; give num_classes for a new BERTTokenClassifier"):
@@ -334,6 +345,7 @@ def test_the_head_of_another_kind_is_not_taken_for_its_own(tmp_path):
     assert not from_huggingface(tmp_path, type("Mine", (models.BERTClassifier,), {})).conversion.new
 
 
+@pytest.mark.on_one_backend
 def test_half_a_head_is_none(folder):
     rewrite(folder, lambda t: {name: x for name, x in t.items() if name != "bert.pooler.dense.bias"})
     with pytest.raises(ValueError, match=r"pooler.dense.bias is missing, for bert_?\d*/pooler/dense/bias \(16,\)"):
@@ -348,6 +360,7 @@ def test_no_number_is_drawn_that_the_checkpoint_sets(folder, monkeypatch):
     assert {tuple(shape) for shape in drawn} == {(16, 3)}
 
 
+@pytest.mark.on_one_backend
 def test_an_encoder_without_a_pooler(tmp_path):
     to_huggingface(small(models.BERTQuestionAnswering), tmp_path)
     with pytest.warns(UserWarning, match="new, not in the checkpoint: pooler/dense/bias, pooler/dense/kernel"):
@@ -369,6 +382,7 @@ def test_an_encoder_without_a_pooler(tmp_path):
     (lambda t: t.update({"embeddings.LayerNorm.weight": np.zeros(16, "float32")}), "LayerNorm.weight is there twice"),
     (lambda t: t.update({"bert.pooler.dense.bias": np.zeros(16, "int8")}), r"real numbers, and pooler.*bias is int8"),
 ])  # fmt: skip
+@pytest.mark.on_one_backend
 def test_tensors_that_do_not_fit(folder, edit, message):
     def edited(tensors):
         edit(tensors)
@@ -394,12 +408,14 @@ def test_tensors_that_do_not_fit(folder, edit, message):
     (dict(classifier_dropout="0.1"), "classifier_dropout must be a number or null; got '0.1'"),
     (dict(id2label=["bad", "good"]), r"id2label must be an object; got \['bad', 'good'\]"),
 ])  # fmt: skip
+@pytest.mark.on_one_backend
 def test_configs_that_cannot_be(folder, config, message):
     rewrite(folder, **config)
     with pytest.raises(ValueError, match=message):
         from_huggingface(folder)
 
 
+@pytest.mark.on_one_backend
 def test_what_a_config_does_not_tell_or_has_as_null_is_usual(folder):
     expected, path = outputs(from_huggingface(folder)), folder / "config.json"
     config = json.loads(path.read_text())
@@ -411,11 +427,13 @@ def test_what_a_config_does_not_tell_or_has_as_null_is_usual(folder):
 
 
 @pytest.mark.parametrize("kind", ["BERT", 3])
+@pytest.mark.on_one_backend
 def test_a_kind_that_is_no_class(folder, kind):
     with pytest.raises(ValueError, match=rf"kind must be a class: llmfound.models.BERT, .*; got {kind!r}\."):
         from_huggingface(folder, kind)
 
 
+@pytest.mark.on_one_backend
 def test_files_that_are_missing_or_damaged(folder):
     whole = (folder / "model.safetensors").read_bytes()
     for content in (whole[:-5], whole[:100], b"", b"not one"):
@@ -438,6 +456,7 @@ def test_files_that_are_missing_or_damaged(folder):
         from_huggingface(folder / "none")
 
 
+@pytest.mark.on_one_backend
 def test_a_classifier_of_unknown_kind(tmp_path):
     to_huggingface(small(models.BERTClassifier, 2), tmp_path)
     rewrite(tmp_path, architectures=None)
@@ -464,6 +483,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.on_one_backend
 def test_a_subclass_is_written_as_what_it_is(tmp_path):
     class Mine(models.BERTClassifier):
         pass

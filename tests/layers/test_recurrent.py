@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from marks import another
 
 from llmfound import layers
 from llmfound.testing import assert_close, check_layer, fixture
@@ -140,7 +141,7 @@ def fill_after(layer):
     return fill(layer)
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+@pytest.mark.parametrize("name", ["LSTM", another("GRU")])
 def test_in_both_directions_and_stacked_in_a_model_that_is_saved(name, tmp_path):
     wrapped = keras.layers.Bidirectional(getattr(layers, name)(UNITS, return_sequences=True, weight_dropout=0.1))
     last = getattr(layers, name)(2, stateful=False)

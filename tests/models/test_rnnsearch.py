@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from marks import another
 
 from llmfound import decoding
 from llmfound.models import DL4MT, RNNencdec, RNNsearch
@@ -333,7 +334,7 @@ def test_dl4mt_by_hand():
 # As Keras models
 
 
-@pytest.mark.parametrize("model_class", [RNNsearch, RNNencdec, pytest.param(DL4MT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model_class", [RNNsearch, another(RNNencdec), pytest.param(DL4MT, marks=pytest.mark.slow)])
 def test_check_model(model_class):
     source = np.array([[3, 5, 2, 7, 1], [4, 9, 1, 0, 0]], "int32")
     target = np.array([[4, 6, 8, 1], [7, 7, 1, 0]], "int32")

@@ -13,7 +13,6 @@ from llmfound.data import LanguageModelBatches
 from llmfound.models import Ensemble, ULMFiT, ULMFiTClassifier
 from llmfound.testing import assert_close, check_model, fixture, set_weights_by_path
 from llmfound.training import (
-    ASGD,
     DiscriminativeAdam,
     DiscriminativeSGD,
     GradualUnfreezing,
@@ -395,8 +394,7 @@ def test_a_model_learns_a_text():
     assert history["perplexity"][-1] < 1.5 < history["perplexity"][0]
 
 
-@pytest.mark.parametrize("optimizer", [ASGD(1.0, average=True, clipnorm=0.25)])
-def test_check_model(optimizer):
+def test_check_model():
     batch = ({"token_ids": TOKENS + (TOKENS == 0)}, np.roll(TOKENS, -1, axis=1))
     check_model(lambda: tiny(weight_dropout=0.1, embedding_dropout=0.1, output_dropout=0.1), batch)
 
