@@ -61,6 +61,9 @@ def show(model, tokenizer, texts, mask_rate=0.15):
 def main(options):
     keras.utils.set_random_seed(options.seed)
     options.folder.mkdir(parents=True, exist_ok=True)
+    shared.same_run(options, "epochs")
+    causal = options.objective == "left_to_right"
+    options.no_next_sentence |= causal  # its first token knows nothing of the sentences
     texts = documents(options)
     fewest = 2 if options.no_next_sentence else 4  # some are held out, and a random next sentence is another document's
     if len(texts) < fewest:
@@ -79,7 +82,6 @@ def main(options):
     batches = data.PretrainingBatches(texts, tokenizer, **common, seed=options.seed)
     validation = data.PretrainingBatches(held_out, tokenizer, **common, masking="static")
     print(batches)
-    causal = options.objective == "left_to_right"
     bert = models.BERT(
         tokenizer.vocab_size, options.layers, options.hidden_dim, max(options.hidden_dim // 64, 1),
         4 * options.hidden_dim, dropout=options.dropout, attention_dropout=options.dropout, causal=causal,

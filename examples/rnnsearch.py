@@ -104,24 +104,34 @@ def load(folder):
 def main(options):
     if options.load:
         model, source, target = load(options.folder)
-        test = read("test", options.test)
+        before = json.loads((options.folder / "result.json").read_text())
+        options.words |= before.get("words", False)
+        test = read("test", options.test) if options.test or not options.sentence else []
     else:
         options.folder.mkdir(parents=True, exist_ok=True)
         pairs, test = read("train", options.train), read("test", options.test)
         source, target = make_tokenizers(pairs, options)
         model = train(pairs, source, target, options)
         save(model, source, target, options.folder)
-    result = score(model, source, target, test, options)
-    (options.folder / "result.json").write_text(json.dumps(result, indent=1))
     saved = [] if options.load else ["model.keras", "source.json", "target.json"]
-    saved.append("result.json")
+    if options.test or not options.load:  # else the result is the one that the folder has, of its own test
+        result = {"words": options.words, **score(model, source, target, test, options)}
+        (options.folder / "result.json").write_text(json.dumps(result, indent=1))
+        saved.append("result.json")
+    else:
+        result = before
     if model.attention:
         sentence = options.sentence or test[int(np.argmax([len(s.split()) == 14 for s, _ in test]))][0]
         draw(model, source, target, sentence, options.folder / "alignment.png")
         saved.append("alignment.png")
     if options.against:
-        others = [json.loads((folder / "result.json").read_text()) for folder in options.against]
-        records = {other["model"]: other["by_length"] for other in [*others, result]}
+        found = [(json.loads((folder / "result.json").read_text()), folder) for folder in options.against]
+        found.append((result, options.folder))
+        names = [other["model"] for other, _ in found]
+        records = {
+            name if names.count(name) == 1 else f"{name}, {folder}": other["by_length"]
+            for name, (other, folder) in zip(names, found)
+        }
         llmfound.plots.bleu_by_length(records, path=options.folder / "bleu_by_length.png")
         saved.append("bleu_by_length.png")
     print(f"saved {', '.join(saved)} in {options.folder}")

@@ -1,5 +1,6 @@
 """What the scripts share. Import it before Keras: from then on missing files and Ctrl-C end in one sentence."""
 
+import json
 import os
 import signal
 import sys
@@ -29,6 +30,25 @@ def show_error(kind, error, trace):
 
 
 sys.excepthook = show_error
+
+
+def same_run(options, *free):
+    """Writes the options of a run into its folder; if it has a run of others, which would go on, the script ends.
+
+    `free` are the names of options that may change from one start to the next.
+    """
+    told = {name: [str(x) for x in value] if isinstance(value, (list, tuple)) else str(value)
+            for name, value in vars(options).items() if name not in ("folder", *free)}  # fmt: skip
+    file = options.folder / "options.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    for name, value in told.items():
+        if before.get(name, value) != value:
+            raise SystemExit(
+                f"{options.folder} has a run of {name} {before[name]}, not {value}, and would go on with that; choose "
+                "another --folder, or remove this one."
+            )
+    options.folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(told, indent=1))
 
 
 def stop_on_interrupt(model):

@@ -76,6 +76,7 @@ def draw(model, tokenizer, sentence, path):
 
 
 def main(options):
+    shared.same_run(options, "epochs", "every", "beam", "tokenize", "sentence", "test")
     pairs, valid, test = (data.read_parallel(*files) for files in (options.train, options.valid, options.test))
     tokenizer = data.Tokenizer.train([text for pair in pairs for text in pair], vocab_size=options.vocabulary)
     model = train(pairs, valid, tokenizer, options)

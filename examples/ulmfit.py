@@ -61,7 +61,22 @@ def task_texts(name, folder):
 
 def language_model(vocab_size, options):
     sizes = PAPER if options.paper else SMALL
-    return models.ULMFiT(vocab_size, **sizes, **{name: rate * options.dropout for name, rate in DROPOUTS.items()})
+    return models.ULMFiT(vocab_size, **sizes, **rates(0.3 if options.dropout is None else options.dropout))
+
+
+def rates(factor):
+    """The paper's dropouts, times a factor."""
+    return {name: rate * factor for name, rate in DROPOUTS.items()}
+
+
+def load_general(folder, options):
+    """The model and the words of an earlier stage 1, with its own dropouts or those of --dropout."""
+    lm = keras.models.load_model(pathlib.Path(folder, "model.keras"))
+    if options.dropout is not None:
+        found = models.ULMFiT.from_config({**lm.get_config(), **rates(options.dropout)})
+        found.set_weights(lm.get_weights())
+        lm = found
+    return lm, data.WordTokenizer.load(pathlib.Path(folder, "words.json"))
 
 
 def fit_language_model(model, texts, tokenizer, rate, epochs, options, groups=None, valid=()):
@@ -112,8 +127,9 @@ def main(options):
     print("\nStage 1, a language model of general text")
     if options.general not in GENERAL:
         print(f"taken from {options.general}")
-        lm = keras.models.load_model(pathlib.Path(options.general, "model.keras"))
-        general = data.WordTokenizer.load(pathlib.Path(options.general, "words.json"))
+        if options.paper:
+            raise SystemExit("--paper is for a stage 1 that is trained here; the model of --general has its own sizes.")
+        lm, general = load_general(options.general, options)
     else:
         texts = general_texts(options.general, options.data)[: options.general_texts]
         general = data.WordTokenizer.train(texts, options.vocabulary)
@@ -179,7 +195,8 @@ def parser(description=__doc__):
     parser.add_argument("--general-texts", type=int, help="use so many general texts only")
     parser.add_argument("--general-epochs", type=int, default=1)
     parser.add_argument("--general-rate", type=float, default=0.005)
-    parser.add_argument("--dropout", type=float, default=0.3, help="what the paper's dropouts are multiplied by")
+    parser.add_argument("--dropout", type=float, help="what the paper's dropouts are multiplied by (default 0.3, or as "
+                        "the model of --general has it)")  # fmt: skip
     parser.add_argument("--task-texts", type=int, help="use so many of the task's texts in stage 2; all by default")
     parser.add_argument("--task-epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=64, help="rows of the language models")

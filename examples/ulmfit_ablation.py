@@ -51,7 +51,7 @@ def start(folder, options):
         ulmfit.fit_language_model(lm, texts[held_out:], words, options.general_rate, options.general_epochs, options,
                                   valid=texts[:held_out])  # fmt: skip
         ulmfit.save(lm, words, folder)
-    return keras.models.load_model(folder / "model.keras"), data.WordTokenizer.load(folder / "words.json")
+    return ulmfit.load_general(folder, options)
 
 
 class Runs:

@@ -388,7 +388,19 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
         return "int32" if self._exporting else super().input_dtype
 
     def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
-        """As Keras's, for batches and sequences of any length unless `input_signature` tells others."""
+        """As Keras's, for batches and sequences of any length unless `input_signature` tells others.
+
+        What it exports takes the inputs that a model needs. For more, such as a BERT's "segment_ids", pass
+        input_signature=[{"token_ids": keras.InputSpec("int32", (None, None), name="token_ids"), "segment_ids": ...}].
+
+        Raises:
+            NotImplementedError: on PyTorch, where Keras (3.15.1) exports no model that takes a dict.
+        """
+        if keras.backend.backend() == "torch":
+            raise NotImplementedError(
+                "On PyTorch Keras exports no model that takes a dict of inputs. Save it to a .keras file, and load and "
+                "export that with KERAS_BACKEND=tensorflow or jax: the weights and results are the same."
+            )
         if input_signature is None:
             shapes = self.input_signature().items()
             input_signature = [{k: keras.InputSpec("int32", (None, *shape), name=k) for k, shape in shapes}]

@@ -231,7 +231,8 @@ def clip_gradients(gradients, norm):
     """In place, and all in a few calls, where Keras makes four for each and a copy of them all."""
     gradients = list(gradients)
     with torch.no_grad():
-        found = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+        wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
+        found = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, wide)))
         scale = torch.clamp(norm / found, max=1.0) + (found - found)
         torch._foreach_mul_(gradients, scale)
     return gradients
@@ -395,7 +396,7 @@ class _Recurrence(torch.autograd.Function):
             if weight.requires_grad and rows:
                 left, right = (torch.stack(side) for side in zip(*rows))
                 formula = "tbi,tbj->ij" if weight.ndim == 2 else "tbi,tbj->bij"
-                of_weights[id(weight)] = torch.einsum(formula, left.detach(), right)
+                of_weights[id(weight)] = torch.einsum(formula, left.detach().to(right.dtype), right).to(weight.dtype)
         ctx.kept = None
         return None, None, None, None, *[of_weights.get(id(x), found.get(id(x))) for x in copies]
 

@@ -242,7 +242,7 @@ class MultiHeadSelfAttention(MultiHeadAttention):
         if isinstance(position, int):  # a plain Python loop: only the filled part
             (key, value), mask = [c[:, :, : position + 1] for c in cache], None
         else:  # a compiled loop: fixed shapes
-            (key, value), mask = cache, (ops.arange(cache[0].shape[2]) <= position)[None, None, None]
+            (key, value), mask = cache, (ops.arange(cache[0].shape[2], dtype="int32") <= position)[None, None, None]
         return self.join(self.attend(query, key, value, mask)), cache
 
 

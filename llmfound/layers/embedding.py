@@ -107,7 +107,7 @@ def _placed(x, table, start):
     check_length(length + (start if isinstance(start, int) else 0) if known else 0, table.shape[0])
     if start is None and known:
         return x + ops.cast(table[:length], x.dtype)
-    positions = ops.arange(ops.shape(x)[1]) + (0 if start is None else start)
+    positions = ops.arange(ops.shape(x)[1], dtype="int32") + (0 if start is None else ops.cast(start, "int32"))
     if isinstance(length, int) and not known:  # it matters only that there are so many rows
         positions = ops.minimum(positions, table.shape[0] - 1)
     return x + ops.cast(ops.take(table, positions, axis=0), x.dtype)

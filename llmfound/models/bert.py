@@ -8,7 +8,7 @@ import operator
 import numpy as np
 from keras import ops
 
-from llmfound.base import Layer, Model, is_known
+from llmfound.base import Layer, Model, is_known, overrides
 from llmfound.initializers import TruncatedNormal
 from llmfound.layers import (
     Dense,
@@ -140,6 +140,16 @@ class _OnEncoder(Model):
         self.encoder = getattr(bert, "encoder", bert)
         if not isinstance(self.encoder, BERTEncoder):
             raise ValueError(f"The first argument must be a BERT, or another model on one; got {bert!r}.")
+        if (
+            pooler
+            and self.encoder.blocks[0].attention.causal
+            and not (isinstance(self, BERT) or overrides(self, _OnEncoder, "pool"))
+        ):
+            raise ValueError(
+                f"{type(self).__name__} reads the first token, which sees nothing of the text in a causal BERT: all "
+                "texts would get the same. Take a BERT with causal=False, for pre-training next_sentence=False, or a "
+                "subclass whose `pool` reads another token."
+            )
         if pooler:
             found = getattr(bert, "pooler", None)
             self.pooler = found or FirstTokenPooler(
@@ -297,7 +307,7 @@ class BERTClassifier(_OnEncoder):
     logits = Dropout(p) W + b.  Source: section 4.1.
 
     Args:
-        bert: BERT, whose weights are shared.
+        bert: BERT, whose weights are shared; not a causal one, whose first token sees nothing of the text.
         num_classes: Number of classes (K); 1 for a score (regression).
         dropout: On the pooled vector.
 
@@ -308,7 +318,7 @@ class BERTClassifier(_OnEncoder):
         Logits, float32 (batch, num_classes).
 
     Raises:
-        ValueError: if `num_classes` is not positive, or as in BERT.
+        ValueError: if `num_classes` is not positive, the BERT is causal, or as in BERT.
     """
 
     def __init__(self, bert, num_classes, dropout=0.1, **kwargs):

@@ -157,7 +157,7 @@ class ULMFiT(Model):
                 ops.sum(x * there) / ops.maximum(ops.sum(there) * x.shape[-1], 1)
                 for x, there in ((squares, real), (steps, real[:, 1:] * real[:, :-1]))
             ]
-        return self.activation_penalty * means[0] + self.temporal_penalty * means[1]
+        return ops.cast(self.activation_penalty * means[0] + self.temporal_penalty * means[1], keras.config.floatx())
 
     def with_vocabulary(self, old, new):
         """The same model for another vocabulary.
@@ -269,14 +269,23 @@ class ULMFiTClassifier(Model):
         return [*self.encoder.layer_groups(), [self.head]]
 
     def call(self, inputs, training=None):
-        token_ids = inputs["token_ids"]
-        token_ids = ops.flip(token_ids, axis=1) if self.reverse else token_ids
+        token_ids = self.placed(inputs["token_ids"])
         h, _, _ = self.encoder(token_ids, window=self.window, training=training)
         return self.head(h, self.pooled(token_ids), training=training)
 
+    def placed(self, token_ids):
+        """The words in the order of reading, the first at the start of a window however much padding there is."""
+        token_ids = ops.flip(token_ids, axis=1) if self.reverse else token_ids
+        if self.encoder.pad_id is None:
+            return token_ids
+        length = ops.shape(token_ids)[1]
+        first = ops.argmax(padding_mask(token_ids, self.encoder.pad_id), axis=1)[:, None]
+        places = (ops.arange(length, dtype="int32") + ops.cast(first, "int32")) % length
+        return ops.take_along_axis(token_ids, places, axis=1)
+
     def pooled(self, token_ids):
         """bool (batch, length), True at the words whose outputs are pooled: the real ones of the last windows."""
-        places = ops.arange(ops.shape(token_ids)[1])
+        places = ops.arange(ops.shape(token_ids)[1], dtype="int32")
         pad_id = self.encoder.pad_id
         real = ops.ones_like(token_ids, "bool") if pad_id is None else padding_mask(token_ids, pad_id)
         last = ops.max(ops.where(real, places, 0), axis=1, keepdims=True)

@@ -225,6 +225,25 @@ def test_segments_matter_and_are_the_first_by_default():
     assert np.abs(difference).max() > 0.01
 
 
+@pytest.mark.parametrize("make", [
+    lambda bert: BERTClassifier(bert, 3), llmfound.models.BERTMultipleChoice, BERTPretraining
+])  # fmt: skip
+def test_the_first_token_of_a_causal_model_tells_nothing(make):
+    with pytest.raises(ValueError, match="reads the first token, which sees nothing of the text in a causal BERT"):
+        make(BERT(**TINY, causal=True))
+    BERTPretraining(BERT(**TINY, causal=True), next_sentence=False)
+
+
+class ReadsTheLast(BERTClassifier):
+    def pool(self, inputs, training=None):
+        return self.encode(inputs, training)[:, -1]
+
+
+def test_a_classifier_of_another_token_may_be_causal():
+    logits = ReadsTheLast(BERT(**TINY, causal=True), 3)(TOKENS)
+    assert np.abs(ops.convert_to_numpy(logits[0] - logits[1])).max() > 1e-3
+
+
 def test_a_causal_model_does_not_look_ahead():
     bert = BERT(**TINY, causal=True)
     other = TOKENS.copy()

@@ -322,6 +322,12 @@ def test_decoding_ends_with_the_position_table():
         decoding.greedy(model, inputs, max_length=9)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="there it works")
+def test_export_says_how_on_pytorch(tmp_path):
+    with pytest.raises(NotImplementedError, match=r"Save it to a .keras file, and load and export that with KERAS_"):
+        tiny().export(tmp_path / "model")
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras exports by TensorFlow")
 def test_an_exported_model_takes_any_batch_and_length(tmp_path):
     import tensorflow as tf

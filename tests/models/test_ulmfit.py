@@ -405,6 +405,19 @@ def test_check_model_of_the_classifier():
     )
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_windows_begin_with_the_text_wherever_padding_is(reverse):
+    """Of a text longer than what is pooled, however much padding its batch gives it, and on which side."""
+    model = tiny_classifier(window=4, max_windows=2, reverse=reverse)
+    text = np.random.default_rng(0).integers(1, 13, (1, 11)).astype("int32")
+    expected = model(text)
+    for left, right in ((0, 1), (0, 3), (2, 0), (1, 2)):
+        padded = np.pad(text, ((0, 0), (left, right)))
+        assert_close(model(padded), expected, 1e-5)
+        pooled = model.pooled(model.placed(ops.convert_to_tensor(padded)))
+        assert int(ops.sum(ops.cast(pooled, "int32"))) == 4 + 3  # the last windows' words
+
+
 def test_saving_keeps_groups_and_the_optimizer(tmp_path):
     ids, labels = np.random.default_rng(0).integers(1, 13, (8, 6)).astype("int32"), np.arange(8) % 3
     classifier = tiny_classifier()
