@@ -204,7 +204,7 @@ class Work:
     def first_step(self):
         for layer in self.subject.second._flatten_layers():
             for name in RANDOM:
-                if isinstance(vars(layer).get(name), float):
+                if isinstance(getattr(layer, name, None), float):
                     setattr(layer, name, 0.0)
         reset_states(self.subject.second)
         model = self.subject.trainable(self.subject.second, shift_inputs=True)
