@@ -203,8 +203,9 @@ class Work:
 
     def first_step(self):
         for layer in self.subject.second._flatten_layers():
-            for name in RANDOM:
-                if isinstance(getattr(layer, name, None), float):
+            own = {*vars(layer), *getattr(layer, "settable", ())}  # Keras's LSTM shows what its cell has, too
+            for name in own.intersection(RANDOM):
+                if isinstance(getattr(layer, name), float):
                     setattr(layer, name, 0.0)
         reset_states(self.subject.second)
         model = self.subject.trainable(self.subject.second, shift_inputs=True)
