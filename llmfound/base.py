@@ -390,16 +390,19 @@ class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
     def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
         """As Keras's, for batches and sequences of any length unless `input_signature` tells others.
 
+        A program of PyTorch, format="torch", takes the sizes it was made with alone: tell them.
+
         What it exports takes the inputs that a model needs. For more, such as a BERT's "segment_ids", pass
         input_signature=[{"token_ids": keras.InputSpec("int32", (None, None), name="token_ids"), "segment_ids": ...}].
 
         Raises:
-            NotImplementedError: on PyTorch, where Keras (3.15.1) exports no model that takes a dict.
+            NotImplementedError: for a SavedModel on PyTorch, of which Keras (3.15.1) makes none of a dict of inputs.
         """
-        if keras.backend.backend() == "torch":
+        if keras.backend.backend() == "torch" and format == "tf_saved_model":
             raise NotImplementedError(
-                "On PyTorch Keras exports no model that takes a dict of inputs. Save it to a .keras file, and load and "
-                "export that with KERAS_BACKEND=tensorflow or jax: the weights and results are the same."
+                'On PyTorch Keras makes no SavedModel of a model that takes a dict of inputs. Take format="torch" and '
+                "an input_signature of fixed sizes, or save a .keras file, and load and export that with "
+                "KERAS_BACKEND=tensorflow."
             )
         if input_signature is None:
             shapes = self.input_signature().items()

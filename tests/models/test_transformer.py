@@ -324,8 +324,17 @@ def test_decoding_ends_with_the_position_table():
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="there it works")
 def test_export_says_how_on_pytorch(tmp_path):
-    with pytest.raises(NotImplementedError, match=r"Save it to a .keras file, and load and export that with KERAS_"):
-        tiny().export(tmp_path / "model")
+    import torch
+
+    model = with_fixture_weights(tiny())
+    with pytest.raises(NotImplementedError, match=r'Take format="torch" and an'):
+        model.export(tmp_path / "model")
+    sizes = {name: keras.InputSpec("int32", (3, n), name=name) for name, n in (("source_ids", 5), ("target_ids", 4))}
+    model.export(tmp_path / "model.pt2", format="torch", verbose=False, input_signature=[sizes])
+    inputs = {name: torch.tensor([[3, 4, 5, 2, 1]] * 3)[:, :n].int() for name, n in
+              (("source_ids", 5), ("target_ids", 4))}  # fmt: skip
+    exported = torch.export.load(tmp_path / "model.pt2").module()
+    assert_close(exported(inputs), model(inputs), 2e-6)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras exports by TensorFlow")
