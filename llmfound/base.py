@@ -1,13 +1,13 @@
 """Layer and Model: constructor arguments become the config, and a model's weights exist once it is constructed."""
 
 import inspect
-import threading
 
 import keras
 import numpy as np
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from llmfound import kernels
+from llmfound.recomputation import Recomputed, within
 
 
 class Configured:
@@ -88,29 +88,29 @@ class BuiltByCall:
         def forward(self, *args, **kwargs):  # what Keras's full call comes to, `training` found
             if "training" not in kwargs:
                 return super().forward(*args, **kwargs)
-            outer, _within.training = getattr(_within, "training", "unknown"), kwargs["training"]
+            outer, within.training = getattr(within, "training", "unknown"), kwargs["training"]
             try:
                 return super().forward(*args, **kwargs)
             finally:
-                _within.training = outer
-
-
-_within = threading.local()  # the full call that is going on; its `training` holds for all that is called in it
+                within.training = outer
 
 
 class Direct:
     """A layer that leaves out Keras's bookkeeping, 0.1 ms a call, where `kernels.direct_call` says it may.
 
     Layers inside that are not told `training` take it from the full call around them. So a layer whose result depends
-    on `training` is called directly only if it is told what holds there.
+    on `training` is called directly only if it is told what holds there. To be told None is not to be told: Keras would
+    pass it on to the layers inside, and turn dropout off in a block whose `call(self, x, **kwargs)` hands on what it
+    gets, which is never `training`.
     """
 
     heeds_training = False
 
-    if keras.backend.backend() == "torch":
-
-        def __call__(self, *args, **kwargs):
-            known = not self.heeds_training or kwargs.get("training") is getattr(_within, "training", "unknown")
+    def __call__(self, *args, **kwargs):
+        if "training" in kwargs and kwargs["training"] is None:
+            del kwargs["training"]
+        if keras.backend.backend() == "torch":
+            known = not self.heeds_training or kwargs.get("training") is getattr(within, "training", "unknown")
             if known and args and self.built and kernels.direct_call(self, args, kwargs):
                 try:
                     given, mask = _masks(self, args, kwargs)
@@ -122,7 +122,7 @@ class Direct:
                         return result
                 except Exception:  # the full call says more about it
                     pass
-            return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 class KeepsAdapter:
@@ -155,7 +155,7 @@ def _masks(layer, args, kwargs):
     return kwargs, getattr(args[0], "_keras_mask", None) if mask is None else mask
 
 
-class Layer(Direct, BuiltByCall, Configured, keras.layers.Layer):
+class Layer(Direct, Recomputed, BuiltByCall, Configured, keras.layers.Layer):
     """A keras.layers.Layer whose config is its constructor arguments."""
 
     def __init_subclass__(cls, **kwargs):
@@ -290,12 +290,14 @@ class _BuiltAfterInit(type(keras.Model)):
         return True
 
 
-class Model(BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
+class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
     """A keras.Model whose weights exist as soon as it is constructed, and which checks the ids it is given.
 
     A subclass tells in `input_signature()` the names and shapes of its inputs, a dict of integer arrays, and may tell
     in `input_limits()` how large the ids may be. Where one input alone is needed, its array will do for the dict.
     """
+
+    repeated_in_parts = True
 
     def input_signature(self):
         """Names and shapes, without the batch axis, of the inputs: for instance {"token_ids": (None,)}."""

@@ -25,7 +25,8 @@ IMPORTED_WHERE_USED = {"tokenizers", "safetensors", "sacrebleu", "matplotlib", "
 BELOW = {
     "kernels": {"kernels"},
     "ops": {"kernels"},
-    "base": {"kernels"},
+    "recomputation": set(),
+    "base": {"kernels", "recomputation"},
     "initializers": {"kernels"},
     "random": {"kernels"},
     "layers": {"kernels", "ops", "base", "initializers", "layers"},

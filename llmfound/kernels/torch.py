@@ -114,7 +114,7 @@ def _words(seed):
     put torch's own generator back to where it was, and no seed of Keras. So wherever a pass may be repeated, a number
     of that generator is drawn as well, by which the words are found again.
     """
-    repeated = torch._C._current_graph_task_id() >= 0  # on the way back
+    repeated = _on_the_way_back()
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # those of a checkpoint, or others
     if not repeated and hooks is None and torch.is_grad_enabled():
         return seed.next()
@@ -293,6 +293,15 @@ def compiled(model, function, *static):
     return torch.inference_mode()(call)
 
 
+def _on_the_way_back():
+    return torch._C._current_graph_task_id() >= 0
+
+
+def _repeated(layer):
+    mode = layer._remat_mode
+    return mode and (mode.mode != "list_of_layers" or layer.name in mode.layer_names)
+
+
 def direct_call(layer, args, kwargs):
     """For tensors as `call` takes them, where neither a hook of torch's nor anything of Keras's waits for the call."""
     if (
@@ -301,9 +310,10 @@ def direct_call(layer, args, kwargs):
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or torch.nn.modules.module._has_any_global_hook()
-        or layer._remat_mode
+        or _repeated(layer)
         or layer.activity_regularizer is not None
         or layer.quantization_mode is not None
+        or _on_the_way_back()  # where an exception breaks off a pass that is repeated, once it has given all it must
     ):
         return False
     name = layer.compute_dtype

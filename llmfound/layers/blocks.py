@@ -95,7 +95,7 @@ class TransformerBlock(Layer):
 
     def drop(self, x, training=None):
         """A sub-layer's output, some of it dropped in training."""
-        return self.dropout(x, training=training) if training else x
+        return x if training is False else self.dropout(x, training=training)
 
     def call(self, x, memory=None, mask=None, memory_mask=None, bias=None, return_weights=False, training=None,
              context=None, context_mask=None):  # fmt: skip

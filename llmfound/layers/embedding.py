@@ -3,11 +3,11 @@
 from keras import initializers, layers, ops
 
 from llmfound import kernels
-from llmfound.base import Configured, KeepsAdapter, Layer, is_known, plain
+from llmfound.base import Configured, KeepsAdapter, Layer, Recomputed, is_known, plain
 from llmfound.ops import sinusoids
 
 
-class Embedding(KeepsAdapter, Configured, layers.Embedding):
+class Embedding(Recomputed, KeepsAdapter, Configured, layers.Embedding):
     """keras.layers.Embedding that trains on TensorFlow as it does on the other backends.
 
     Arguments, weights and results are Keras's. There, on TensorFlow, the shares that a repeated id has in the gradient

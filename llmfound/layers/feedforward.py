@@ -3,11 +3,11 @@
 from keras import layers, ops
 
 from llmfound import kernels
-from llmfound.base import Configured, Direct, KeepsAdapter, Layer, lean, overrides
+from llmfound.base import Configured, Direct, KeepsAdapter, Layer, Recomputed, lean, overrides
 from llmfound.initializers import fresh
 
 
-class Dense(Direct, KeepsAdapter, Configured, layers.Dense):
+class Dense(Direct, Recomputed, KeepsAdapter, Configured, layers.Dense):
     """keras.layers.Dense whose product and bias are one call where the framework has one (`kernels.dense`).
 
     Arguments, weights and results are Keras's.

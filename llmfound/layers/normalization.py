@@ -4,10 +4,10 @@ from keras import layers
 from keras.backend import standardize_dtype
 
 from llmfound import kernels
-from llmfound.base import Configured, Direct
+from llmfound.base import Configured, Direct, Recomputed
 
 
-class LayerNormalization(Direct, Configured, layers.LayerNormalization):
+class LayerNormalization(Direct, Recomputed, Configured, layers.LayerNormalization):
     """keras.layers.LayerNormalization, which is one call where the framework has one (`kernels.layer_norm`).
 
     y = gamma (x - mean) / sqrt(variance + epsilon) + beta, mean and variance over the features of each position.

@@ -6,7 +6,7 @@ import keras
 from keras import activations, initializers, layers, ops
 
 from llmfound import kernels
-from llmfound.base import Configured, Layer
+from llmfound.base import Configured, Layer, Recomputed
 from llmfound.initializers import SquareOrthogonal
 from llmfound.layers.attention import AdditiveAttention
 from llmfound.layers.dropout import Dropout
@@ -155,7 +155,7 @@ def _keras_has_a_gpu():
     return any(not device.startswith("cpu") for device in keras.distribution.list_devices())
 
 
-class LSTM(Configured, _Native, layers.LSTM):
+class LSTM(Recomputed, Configured, _Native, layers.LSTM):
     """keras.layers.LSTM, faster, with a mask as fast as without, and with dropout of the recurrent weights.
 
     Weights, arguments and results are those of keras.layers.LSTM, whose loop also runs where only it can: under
@@ -186,7 +186,7 @@ class LSTM(Configured, _Native, layers.LSTM):
         return outputs, list(state)
 
 
-class GRU(Configured, _Native, layers.GRU):
+class GRU(Recomputed, Configured, _Native, layers.GRU):
     """keras.layers.GRU, faster, with a mask as fast as without, and with dropout of the recurrent weights.
 
     As LSTM is to keras.layers.LSTM. RNNsearch's units are GatedRecurrence. Source: Cho et al. 2014, section 2.3.

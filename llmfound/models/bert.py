@@ -58,6 +58,7 @@ class BERTEncoder(Layer):
     """
 
     block_class = PostLNBlock
+    repeated_in_parts = True
 
     def __init__(self, vocab_size, num_layers=12, hidden_dim=768, num_heads=12, intermediate_dim=3072, dropout=0.1,
                  attention_dropout=0.1, activation="gelu", max_length=512, num_segments=2, pad_id=0, causal=False,
