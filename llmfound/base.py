@@ -298,6 +298,7 @@ class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAf
     """
 
     repeated_in_parts = True
+    pad_id = None  # the token that fills up short sequences, where there is one
 
     def input_signature(self):
         """Names and shapes, without the batch axis, of the inputs: for instance {"token_ids": (None,)}."""
@@ -351,6 +352,28 @@ class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAf
         inputs = self._checked(inputs)
         return super().stateless_call(trainable_variables, non_trainable_variables, inputs, *args, **kwargs)
 
+    def check_padding(self, batches, labels=True):
+        """Raises ValueError if batches are filled up with another token than this model, its loss and metrics know.
+
+        Padding would else be read and learnt as text, without a word.
+        """
+        given, label = getattr(batches, "pad_id", None), getattr(batches, "label_pad_id", None)
+        if None not in (given, self.pad_id) and given != self.pad_id:
+            raise ValueError(
+                f"{type(batches).__name__} fill up short sequences with token {given}, and {type(self).__name__} was "
+                f"made for pad_id={self.pad_id}: make it with pad_id={given}, or the batches with its own tokenizer."
+            )
+        if label is None or not (labels and self.compiled):
+            return
+        measured = getattr(self._compile_metrics, "_user_metrics", None)
+        for part in keras.tree.flatten([self.loss, measured]):
+            known = getattr(part, "pad_id", getattr(part, "ignore_class", None))
+            if known is not None and known != label:
+                raise ValueError(
+                    f"{type(batches).__name__} fill up labels with {label}, and {type(part).__name__} leaves out "
+                    f"{known}: give it {label} for that."
+                )
+
     def _checked(self, x):
         """The inputs as a dict, or the data that has them, as it is; errors as in `check_inputs`."""
         needed = list(self.input_signature())
@@ -380,6 +403,7 @@ class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAf
             if kwargs.setdefault("shuffle", False):
                 raise ValueError(f"{type(x).__name__} must be read in order; leave out shuffle={kwargs['shuffle']!r}.")
         self._build_optimizer()
+        self.check_padding(x)
         return super().fit(self._checked(x), *args, **kwargs)
 
     _exporting = False
@@ -446,6 +470,7 @@ class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAf
             return super().train_step(data)
 
     def evaluate(self, x=None, *args, **kwargs):
+        self.check_padding(x)
         return super().evaluate(self._checked(x), *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
@@ -454,6 +479,7 @@ class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAf
                 f"{type(x).__name__}: shuffled batches give predictions in an order that nobody knows; make them with "
                 "shuffle=False."
             )
+        self.check_padding(x, labels=False)
         return super().predict(self._checked(x), *args, **kwargs)
 
     def train_on_batch(self, x, *args, **kwargs):

@@ -659,7 +659,7 @@ def test_masks_come_and_go_in_direct_calls_as_in_full_ones(make, given, brings, 
     x, memory = (ops.convert_to_tensor(n) for n in numbers[:2])
     args = (x, memory) if make in ("MultiHeadAttention", "PostLNBlock") else (x,)
     layer(*args)
-    monkeypatch.setattr(llmfound.base._within, "training", False, raising=False)  # as inside a model
+    monkeypatch.setattr(llmfound.base.within, "training", False, raising=False)  # as inside a model
     full_calls.clear()
     masks = [ops.convert_to_tensor(np.arange(5)[None] < np.array([[n], [5], [2]])) for n in (1, 2, 3, 4)]
     if brings in ("x", "both"):
@@ -829,3 +829,33 @@ def test_a_model_of_ids_may_take_floats_beside_them():
 
     model = Scaled()
     assert_close(model(IDS, scale=np.array([0.5], "float32")), 0.5 * ops.convert_to_numpy(model(IDS)), 1e-7)
+
+
+def test_batches_with_other_padding_than_the_model_are_refused():
+    """Which would else be read, and learnt, as text."""
+    tokenizer = llmfound.data.Tokenizer.train(["a b c d e"] * 2, 12, kind="word")
+    other = llmfound.data.Tokenizer(tokenizer.to_json(), pad="[UNK]", unk="[PAD]")
+    pairs = [("a b", "c"), ("d", "e a b")]
+    batches = {id_: llmfound.data.TranslationBatches(pairs, t, batch_size=2, max_length=8, shuffle=False)
+               for id_, t in ((0, tokenizer), (3, other))}  # fmt: skip
+    model = llmfound.models.Transformer(12, 1, 8, 2, 16)
+    model.compile("sgd", llmfound.training.SmoothedCrossEntropy(0.0), metrics=[llmfound.training.Perplexity()])
+    model.fit(batches[0], verbose=0)
+    for use in (model.fit, model.evaluate, model.predict):
+        with pytest.raises(
+            ValueError, match="with token 3, and Transformer was made for pad_id=0: make it with pad_id=3"
+        ):
+            use(batches[3], verbose=0)
+    model = llmfound.models.Transformer(12, 1, 8, 2, 16, pad_id=3)
+    loss, metric = llmfound.training.SmoothedCrossEntropy, llmfound.training.Perplexity
+    for what, wrong, measured in (("SmoothedCrossEntropy", 0, 3), ("Perplexity", 3, 0)):
+        model.compile("sgd", loss(0.0, pad_id=wrong), metrics=[metric(pad_id=measured)])
+        with pytest.raises(ValueError, match=f"fill up labels with 3, and {what} leaves out 0"):
+            model.fit(batches[3], verbose=0)
+    model.compile("sgd", loss(0.0, pad_id=3), metrics=[metric(pad_id=3)])
+    model.fit(batches[3], verbose=0)
+    keras_loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+    model.compile("sgd", keras_loss)
+    with pytest.raises(ValueError, match="SparseCategoricalCrossentropy leaves out 0"):
+        model.evaluate(batches[3], verbose=0)
+    assert len(model.predict(batches[3], verbose=0)) == 2

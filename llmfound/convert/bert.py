@@ -200,8 +200,10 @@ def read_json(path):
     return found
 
 
-def read_config(path, activations):
+def read_config(path, activations, folder):
     """The entries of a config.json or bert_config.json that are not null, "hidden_act" as our name of it.
+
+    A padding token that they do not tell is [PAD] of the vocabulary in the folder, or else 0.
 
     Raises:
         FileNotFoundError: if it is missing.
@@ -211,6 +213,7 @@ def read_config(path, activations):
     missing = [name for name in SIZES.values() if name not in config]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    config.setdefault("pad_token_id", _padding(folder))
     for name, default in [*((name, 1) for name in SIZES.values()), *REST.values()]:
         value = config.setdefault(name, default)
         right = type(value) in (int, float) if type(default) is float else type(value) is type(default)
@@ -223,6 +226,16 @@ def read_config(path, activations):
     if config.setdefault("hidden_act", "gelu") not in list(activations):  # of a list, which has no hash, too
         raise ValueError(f"hidden_act must be one of {', '.join(activations)}; got {config['hidden_act']!r}.")
     return {**config, "hidden_act": activations[config["hidden_act"]]}
+
+
+def _padding(folder):
+    words = folder / "vocab.txt"
+    if words.exists():
+        found = words.read_bytes().splitlines()
+        return found.index(b"[PAD]") if b"[PAD]" in found else 0
+    model = read_json(folder / "tokenizer.json").get("model") if (folder / "tokenizer.json").exists() else None
+    pieces = model.get("vocab") if isinstance(model, dict) else None
+    return pieces.get("[PAD]", 0) if isinstance(pieces, dict) else 0
 
 
 def listing(folder):

@@ -53,7 +53,8 @@ def from_google(path, kind=None, num_classes=None, dtype=None, config=None):
             more words in its vocab.txt than the model, or tensors are missing, left over, or of other shapes.
     """
     prefix = _prefix(Path(path))
-    settings = read_config(Path(config) if config else prefix.with_name("bert_config.json"), ACTIVATIONS)
+    settings = read_config(Path(config) if config else prefix.with_name("bert_config.json"), ACTIVATIONS,
+                           prefix.parent)  # fmt: skip
     vocabulary = prefix.with_name("vocab.txt")
     words = len(vocabulary.read_bytes().rstrip().split(b"\n")) if vocabulary.exists() else 0
     if words > settings["vocab_size"]:

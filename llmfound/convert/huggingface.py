@@ -86,7 +86,8 @@ def to_huggingface(model, folder, tokenizer=None, **config):
 
     Raises:
         ValueError: if this is no such model, it computes in a way of its own, its blocks or its activation have no like
-            there, it is quantized, id2label does not name its classes, or the tokenizer has more pieces than the model.
+            there, it is quantized, id2label does not name its classes, or the tokenizer
+            has more pieces than the model, or other padding.
     """
     from safetensors.numpy import save_file
 
@@ -99,6 +100,8 @@ def to_huggingface(model, folder, tokenizer=None, **config):
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} pieces, and the model {model.encoder.token_embedding.input_dim}."
         )
+    if tokenizer is not None and tokenizer.pad_id != model.pad_id:
+        raise ValueError(f"The tokenizer's padding is piece {tokenizer.pad_id}, and the model's pad_id {model.pad_id}.")
     settings = _labelled({**_settings(model, kind), **config}, model)
     prefix, tensors = "" if kind == "BERT" else "bert.", {}
     for path, array in values(model).items():
@@ -128,7 +131,7 @@ def _config(folder):
             "Only absolute positions and no cross-attention can be had; got "
             f"position_embedding_type={positions!r}, add_cross_attention={found.get('add_cross_attention', False)}."
         )
-    return read_config(path, ACTIVATIONS)
+    return read_config(path, ACTIVATIONS, folder)
 
 
 def _tensors(folder):

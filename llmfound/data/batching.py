@@ -25,7 +25,13 @@ class Passes(keras.utils.PyDataset):
     """Batches whose order is a function of the epoch; each pass goes on where the one before was finished.
 
     A subclass has `_order(epoch)`, a list with an entry for each batch, and sets `epoch` once it can.
+
+    Attributes:
+        pad_id: int, the token that fills up short sequences of the inputs.
+        label_pad_id: int, what fills up labels where losses and metrics are to leave it out; else None.
     """
+
+    pad_id = label_pad_id = None
 
     # Workers ask ahead, and processes in copies, so that some examples would come twice and others never.
     workers = property(lambda self: 1, lambda self, value: _refuse(value > 1, workers=value))
@@ -176,7 +182,7 @@ class _Batches(Passes):
         longest = np.maximum(source.lengths, target.lengths)
         kept = _short_enough(longest, max_length, drop_long)
         self._source, self._target, self._longest = source.at(kept), target.at(kept), longest[kept]
-        self._pad_ids = source_tokenizer.pad_id, target_tokenizer.pad_id
+        self.pad_id, self.label_pad_id = source_tokenizer.pad_id, target_tokenizer.pad_id
         self.source_vocab_size, self.target_vocab_size = source_tokenizer.vocab_size, target_tokenizer.vocab_size
         self.skipped = len(longest) - len(kept)
         self.tokens_per_epoch = int(self._target.lengths.sum())
@@ -201,14 +207,13 @@ class _Batches(Passes):
             int32 (rows, target length).
         """
         (rows, source_length, target_length), members = self._take(index)
-        source_pad, target_pad = self._pad_ids
         source, target = self._source.at(members), self._target.at(members)
         labels = target._replace(starts=target.starts + 1)
         x = {
-            "source_ids": _padded(source, rows, source_length, source_pad),
-            "target_ids": _padded(target, rows, target_length, target_pad),
+            "source_ids": _padded(source, rows, source_length, self.pad_id),
+            "target_ids": _padded(target, rows, target_length, self.label_pad_id),
         }
-        return x, _padded(labels, rows, target_length, target_pad)
+        return x, _padded(labels, rows, target_length, self.label_pad_id)
 
     def __str__(self):
         shapes = ["x".join(map(str, shape)) for shape in self.shapes]

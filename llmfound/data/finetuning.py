@@ -105,6 +105,7 @@ class ChoiceBatches(_LikeLengths):
                 )
         sides = _sides([(question, answer) for question, answers in zip(questions, choices) for answer in answers])
         self._inputs, self.cut = _encoded(sides, tokenizer, max_length, self.num_choices)
+        self.pad_id = tokenizer.pad_id
         self.labels = None if labels is None else _checked_labels(labels, len(questions), self.num_choices)[0]
         lengths = self._inputs.rows.lengths.reshape(-1, self.num_choices)
         super().__init__(lengths, batch_size, length_multiple, max_length, shuffle, seed, labels is not None)
@@ -178,7 +179,8 @@ class TaggingBatches(_LikeLengths):
                 ids.extend(word[:most])
             rows.append([*ids, sep_id])
         rows = _flattened(rows)
-        self._inputs = _Inputs(rows, rows.lengths, tokenizer.pad_id)
+        self.pad_id = tokenizer.pad_id
+        self._inputs = _Inputs(rows, rows.lengths, self.pad_id)
         self._row, self._place = np.array(row), np.array(place)  # of the first piece of each word; row -1 if none
         self._ends = np.cumsum([len(words) for words in sentences])
         self._labels = None

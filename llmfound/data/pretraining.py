@@ -258,7 +258,7 @@ class PretrainingBatches(Passes):
         self.documents = documents if isinstance(documents, Documents) else Documents.encode(documents, tokenizer)
         if next_sentence and len(self.documents) < 2:
             raise ValueError("Random next sentences come from another document, and there is one only.")
-        self._special, self.vocab_size = special, tokenizer.vocab_size
+        self._special, self.pad_id, self.vocab_size = special, tokenizer.pad_id, tokenizer.vocab_size
         self._continues = np.asarray(tokenizer.continues) if whole_word else None
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.objective, self.next_sentence, self.masking = objective, next_sentence, masking
@@ -330,7 +330,7 @@ class PretrainingBatches(Passes):
         """
         members = self._take(index)
         shape = len(members), self.max_length
-        token_ids = np.full(shape, self._special["pad_id"], "int32")
+        token_ids = np.full(shape, self.pad_id, "int32")
         segments = np.zeros(shape, "int32")
         places, labels = np.zeros((2, len(members), self.max_predictions), "int32")
         for k, i in enumerate(members):

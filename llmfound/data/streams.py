@@ -128,7 +128,7 @@ class LanguageModelBatches(Passes):
         self.variable = variable
         self.reverse = reverse
         self.length_multiple = length_multiple
-        self.pad_id = pad_id
+        self.pad_id = self.label_pad_id = pad_id
         self.seed = seed
         self.tokens_per_epoch = len(ids) - 1
         self._row = -(-self.tokens_per_epoch // batch_size)  # words of a row

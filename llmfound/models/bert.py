@@ -124,6 +124,10 @@ class _OnEncoder(Model):
 
     told = {}
 
+    @property
+    def pad_id(self):
+        return self.encoder.pad_id
+
     def tell(self, **told):
         object.__setattr__(self, "told", told)  # past Keras's tracking of attributes
 

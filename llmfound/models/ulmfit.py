@@ -12,9 +12,13 @@ from llmfound.base import Layer, Model
 from llmfound.layers import AWDLSTM, LanguageModelHead, PoolingClassifierHead
 from llmfound.ops import padding_mask
 
+FASTAI = {"[PAD]": "xxpad", "[START]": "xxbos", "[END]": "xxeos", "[UNK]": "xxunk"}
+
 
 class CarriedStates(Layer):
     """The states that recurrent layers had at the end of one batch, for the next one; no part of a saved model.
+
+    Those of training are kept apart from the others, so that a validation in the middle of a text does not lead on.
 
     Args:
         widths: list of int, of the states.
@@ -24,14 +28,16 @@ class CarriedStates(Layer):
     def __init__(self, widths, rows, **kwargs):
         super().__init__(**kwargs)
         self.rows = rows
-        self.states = [
-            [self.add_weight((rows, n), "zeros", trainable=False, dtype="float32", autocast=False, name=f"{name}_{i}")
-             for name in ("h", "c")]
-            for i, n in enumerate(widths, 1)
-        ]  # fmt: skip
+        self.states, self.evaluated = (
+            [[self.add_weight((rows, n), "zeros", trainable=False, dtype="float32", autocast=False,
+                              name=f"{prefix}{name}_{i}")
+              for name in ("h", "c")]
+             for i, n in enumerate(widths, 1)]
+            for prefix in ("", "evaluated_")
+        )  # fmt: skip
         self.built = True
 
-    def read(self, continues):
+    def read(self, continues, training=False):
         """The states, float (batch, n), zero in rows that do not continue; continues int or bool (batch,)."""
         batch = ops.shape(continues)[0]
         if isinstance(batch, int) and batch > self.rows:
@@ -40,10 +46,13 @@ class CarriedStates(Layer):
                 "max_batch of that or more, or take smaller batches."
             )
         keep = ops.cast(continues, "float32")[:, None]
-        return [[ops.convert_to_tensor(state)[:batch] * keep for state in pair] for pair in self.states]
+        return [[ops.convert_to_tensor(state)[:batch] * keep for state in pair] for pair in self.of(training)]
 
-    def write(self, states):
-        for pair, new in zip(self.states, states):
+    def of(self, training):
+        return self.states if training else self.evaluated
+
+    def write(self, states, training=False):
+        for pair, new in zip(self.of(training), states):
             for state, value in zip(pair, new):
                 value = ops.stop_gradient(ops.cast(value, "float32"))
                 state.assign(ops.slice_update(ops.convert_to_tensor(state), (0, 0), value))
@@ -110,6 +119,10 @@ class ULMFiT(Model):
         self.decoder = LanguageModelHead(vocab_size, name="decoder", dtype=self.dtype_policy)
         self.carried = CarriedStates(self.encoder.widths, max_batch, name="carried")
 
+    @property
+    def pad_id(self):
+        return self.encoder.pad_id
+
     def input_signature(self):
         return {"token_ids": (None,)}
 
@@ -136,10 +149,10 @@ class ULMFiT(Model):
 
     def call(self, inputs, training=None):
         token_ids, continues = inputs["token_ids"], inputs.get("continues")
-        states = None if continues is None else self.carried.read(continues)
+        states = None if continues is None else self.carried.read(continues, training)
         h, raw, states = self.encoder(token_ids, states, training=training)
         if continues is not None:
-            self.carried.write(states)
+            self.carried.write(states, training)
         if training and (self.activation_penalty or self.temporal_penalty):
             self.add_loss(self.penalty(h, raw, token_ids))
         return self.decoder(h, self.encoder.embedding.embeddings)
@@ -162,7 +175,8 @@ class ULMFiT(Model):
     def with_vocabulary(self, old, new):
         """The same model for another vocabulary.
 
-        The row in E, and in b, of each word that both have is copied; a new word gets the mean of all old rows.
+        The row in E, and in b, of each word that both have is copied; a new word gets the mean of all old rows. A piece
+        such as [UNK] gets the row of the old vocabulary's own, xxunk in fastai's. Padding is what it is for `new`.
         Source: Howard and Ruder 2018, the authors' code.
 
         Args:
@@ -175,6 +189,7 @@ class ULMFiT(Model):
         Raises:
             ValueError: if `old` is not of this model's size, or one of them lists a word twice.
         """
+        pad_id, known = self.pad_id if self.pad_id is None else getattr(new, "pad_id", None), self.pad_id
         old, new = (list(getattr(words, "vocabulary", words)) for words in (old, new))
         if len(old) != self.vocab_size:
             raise ValueError(f"old has {len(old)} words, and the model {self.vocab_size}.")
@@ -182,9 +197,11 @@ class ULMFiT(Model):
             if len(set(words)) < len(words):
                 twice = next(word for word in words if words.count(word) > 1)
                 raise ValueError(f"{twice!r} stands twice in a vocabulary.")
-        model = type(self).from_config({**self.get_config(), "vocab_size": len(new)})
+        if pad_id is None and known is not None:  # lists of words do not tell
+            pad_id = new.index(old[known]) if old[known] in new else known
+        model = type(self).from_config({**self.get_config(), "vocab_size": len(new), "pad_id": pad_id})
         place = {word: i for i, word in enumerate(old)}
-        rows = np.array([place.get(word, -1) for word in new])
+        rows = np.array([place.get(word, place.get(FASTAI.get(word), -1)) for word in new])
         for target, source in zip(model.weights, self.weights):
             value = ops.convert_to_numpy(source)
             if target.shape != source.shape or source.path.endswith(("embedding/embeddings", "decoder/bias")):
@@ -259,6 +276,10 @@ class ULMFiTClassifier(Model):
         self.head = PoolingClassifierHead(operator.index(num_classes), hidden_dim, dropout, hidden_dropout, name="head",
                                           dtype=self.dtype_policy)  # fmt: skip
 
+    @property
+    def pad_id(self):
+        return self.encoder.pad_id
+
     def input_signature(self):
         return {"token_ids": (None,)}
 
@@ -315,6 +336,10 @@ class Ensemble(Model):
         if not classifiers:
             raise ValueError("An ensemble needs at least one classifier; got none.")
         self.classifiers = list(classifiers)
+
+    @property
+    def pad_id(self):
+        return self.classifiers[0].pad_id
 
     def input_signature(self):
         return self.classifiers[0].input_signature()

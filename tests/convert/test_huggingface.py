@@ -491,3 +491,19 @@ def test_a_subclass_is_written_as_what_it_is(tmp_path):
     to_huggingface(Mine(small(), 2), tmp_path)
     assert type(from_huggingface(tmp_path)) is models.BERTClassifier
     assert type(from_huggingface(tmp_path, Mine)) is Mine
+
+
+@pytest.mark.parametrize("told", [None, 4])
+def test_padding_that_the_config_does_not_tell_is_that_of_the_vocabulary(tmp_path, told):
+    vocabulary = ["[MASK]", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "##c"]
+    tokenizer = WordPiece.from_vocabulary(vocabulary)
+    to_huggingface(small(pad_id=1), tmp_path, tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("pad_token_id")
+    (tmp_path / "config.json").write_text(json.dumps(config | ({} if told is None else {"pad_token_id": told})))
+    for name in ("tokenizer.json", "vocab.txt"):
+        assert from_huggingface(tmp_path).pad_id == (1 if told is None else told)
+        (tmp_path / name).unlink()
+    assert from_huggingface(tmp_path).pad_id == (told or 0)
+    with pytest.raises(ValueError, match="The tokenizer's padding is piece 1, and the model's pad_id 0"):
+        to_huggingface(small(), tmp_path, tokenizer)

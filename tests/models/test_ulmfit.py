@@ -9,7 +9,7 @@ from keras import ops
 
 import llmfound
 from llmfound import decoding
-from llmfound.data import LanguageModelBatches
+from llmfound.data import LanguageModelBatches, WordTokenizer
 from llmfound.models import Ensemble, ULMFiT, ULMFiTClassifier
 from llmfound.testing import assert_close, check_model, fixture, set_weights_by_path
 from llmfound.training import (
@@ -103,7 +103,7 @@ def published(**options):
         names[f"lstm_{i + 1}/lstm_cell/bias"] = fixture(part + "bias_ih", (4 * h,)) + fixture(
             part + "bias_hh", (4 * h,)
         )
-        names |= {f"carried/{state}_{i + 1}": np.zeros((128, h)) for state in "hc"}
+        names |= {f"carried/{of}{s}_{i + 1}": np.zeros((128, h)) for s in "hc" for of in ("", "evaluated_")}
     set_weights_by_path(model, names)
     return model
 
@@ -211,6 +211,18 @@ def test_fit_carries_the_state_and_validation_starts_anew():
     metric.update_state(labels, logits)
     assert_close(history["perplexity"][0], metric.result(), 1e-5)
     assert_close(model.evaluate(valid, verbose=0)[1], history["val_perplexity"][0], 1e-5)
+
+
+def test_a_validation_in_the_middle_of_a_text_does_not_lead_on():
+    text, other = (np.random.default_rng(i).integers(1, 13, n) for i, n in enumerate((401, 201)))
+    losses = []
+    for valid in (None, LanguageModelBatches(other, 4, 10, variable=False)):
+        keras.utils.set_random_seed(0)
+        model = tiny()
+        model.compile(keras.optimizers.SGD(0.0), LOSS)
+        train = LanguageModelBatches(text, 4, 10, variable=False)
+        losses.append(model.fit(train, epochs=2, steps_per_epoch=5, validation_data=valid, verbose=0).history["loss"])
+    assert_close(losses[1], losses[0], 1e-6)
 
 
 def test_windows_are_never_shuffled():
@@ -328,6 +340,19 @@ def test_another_vocabulary_of_the_same_size_moves_rows_too():
     model = tiny(vocab_size=3)
     new = model.with_vocabulary(["a", "b", "c"], ["c", "b", "a"])
     assert_close(new.encoder.embedding.get_weights()[0], model.encoder.embedding.get_weights()[0][::-1], 0)
+
+
+def test_another_vocabulary_brings_its_padding_and_its_own_names_of_special_words():
+    old = ["xxunk", "xxpad", "xxbos", "the", "film"]
+    words = WordTokenizer.train(["the film was good"] * 2, 20)
+    model = tiny(vocab_size=5, pad_id=1)
+    new = model.with_vocabulary(old, words)
+    assert new.pad_id == words.pad_id == 0
+    before, after = (numpy(m.encoder.embedding.embeddings) for m in (model, new))
+    for ours, theirs in {"[UNK]": 0, "[PAD]": 1, "[START]": 2, "the": 3}.items():
+        assert_close(after[words.vocabulary.index(ours)], before[theirs], 0, ours)
+    assert model.with_vocabulary(old, ["a", "b", "xxpad"]).pad_id == 2
+    assert tiny(vocab_size=5, pad_id=None).with_vocabulary(old, words).pad_id is None
 
 
 @pytest.mark.parametrize("old, new, message", [
