@@ -5,12 +5,12 @@ Face Marian's `generate` and KerasHub's BART, with the same sizes?
 """
 
 import numpy as np
-from harness import Experiment, System, main
+import peers
+from harness import Experiment, System, main, on_torch
 
 TEXT = """Encoder and decoder of 6 layers each, width 512, 8 heads, feed-forward width 2048, a vocabulary of 8000,
-random weights, 32 sentences of 32 source tokens, 64 new tokens each; no sentence may end before. "oneDNN" is the same
-system after `torch.set_float32_matmul_precision("medium")`, which is what `llmfound.kernels.fast_matmul()` sets.
-tokens/s counts new tokens of the sentences returned."""
+random weights, 32 sentences of 32 source tokens, 64 new tokens each; no sentence may end before. tokens/s counts new
+tokens of the sentences returned."""
 FULL = dict(layers=6, dim=512, heads=8, inner=2048, vocabulary=8000, batch=32, length=32, new=64, tokens=32 * 64)
 SMOKE = dict(layers=1, dim=32, heads=2, inner=64, vocabulary=100, batch=4, length=8, new=6, tokens=4 * 6)
 
@@ -29,58 +29,25 @@ def checked(run, sizes):
     return run
 
 
-def ours(fast_matmul=False):
-    def build(sizes):
-        import llmfound
+def ours(sizes):
+    import llmfound
 
-        if fast_matmul:
-            llmfound.kernels.fast_matmul()
-        model = llmfound.models.Transformer(
-            vocab_size=sizes["vocabulary"],
-            num_layers=sizes["layers"],
-            hidden_dim=sizes["dim"],
-            num_heads=sizes["heads"],
-            intermediate_dim=sizes["inner"],
-        )
-        inputs = {"source_ids": source(sizes)}
-        ids = dict(max_length=sizes["new"], start_id=1, end_id=None)
-        return checked(lambda: llmfound.decoding.greedy(model, inputs, **ids), sizes)
-
-    return build
+    model = llmfound.models.Transformer(
+        sizes["vocabulary"], sizes["layers"], sizes["dim"], sizes["heads"], sizes["inner"]
+    )
+    inputs = {"source_ids": source(sizes)}
+    ids = dict(max_length=sizes["new"], start_id=1, end_id=None)
+    return checked(lambda: llmfound.decoding.greedy(model, inputs, **ids), sizes)
 
 
-def marian(one_dnn=False):
-    def build(sizes):
-        import torch
-        import transformers
+def marian(sizes):
+    import torch
 
-        if one_dnn:
-            torch.set_float32_matmul_precision("medium")
-        config = transformers.MarianConfig(
-            vocab_size=sizes["vocabulary"],
-            decoder_vocab_size=sizes["vocabulary"],
-            d_model=sizes["dim"],
-            encoder_layers=sizes["layers"],
-            decoder_layers=sizes["layers"],
-            encoder_attention_heads=sizes["heads"],
-            decoder_attention_heads=sizes["heads"],
-            encoder_ffn_dim=sizes["inner"],
-            decoder_ffn_dim=sizes["inner"],
-            activation_function="relu",
-            max_position_embeddings=256,
-            pad_token_id=0,
-            bos_token_id=1,
-            decoder_start_token_id=1,
-            eos_token_id=2,
-            forced_eos_token_id=None,
-        )
-        model = transformers.MarianMTModel(config).eval()
-        ids = torch.from_numpy(source(sizes)).long()
-        inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
-        limits = dict(min_new_tokens=sizes["new"], max_new_tokens=sizes["new"])
-        return checked(lambda: model.generate(**inputs, **limits, num_beams=1, do_sample=False), sizes)
-
-    return build
+    model = peers.marian(sizes).eval()
+    ids = torch.from_numpy(source(sizes)).long()
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    limits = dict(min_new_tokens=sizes["new"], max_new_tokens=sizes["new"])
+    return checked(lambda: model.generate(**inputs, **limits, num_beams=1, do_sample=False), sizes)
 
 
 def keras_hub(sizes):
@@ -109,15 +76,13 @@ def keras_hub(sizes):
 
 
 SYSTEMS = [
-    System("llmfound, JAX", "jax", ours()),
-    System("llmfound, TensorFlow", "tensorflow", ours()),
-    System("llmfound, torch", "torch", ours()),
-    System("llmfound, torch, oneDNN", "torch", ours(fast_matmul=True)),
-    System("Hugging Face Marian", "torch", marian(), peer=True),
-    System("Hugging Face Marian, oneDNN", "torch", marian(one_dnn=True), peer=True),
+    System("llmfound, JAX", "jax", ours),
+    System("llmfound, TensorFlow", "tensorflow", ours),
+    *on_torch("llmfound, torch", ours),
+    *on_torch("Hugging Face Marian", marian, peer=True),
     System("KerasHub BART, JAX", "jax", keras_hub, peer=True),
     System("KerasHub BART, TensorFlow", "tensorflow", keras_hub, peer=True),
-    System("KerasHub BART, torch", "torch", keras_hub, peer=True),
+    *on_torch("KerasHub BART, torch", keras_hub, peer=True),
 ]
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ peers can come from another environment, no system sees memory or threads of ano
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import platform
@@ -35,6 +36,10 @@ above its table; `--smoke` tries it in a minute.
 Times are of one call, in milliseconds. On a shared machine noise only ever adds, so ratios are between fastest calls:
 0.80 is four fifths of the time of the fastest peer, on the same backend or on any. Start is the time from the launch
 of Python to the end of the first call, with imports and compilation; peak is the largest memory of the process.
+
+Systems differ in one setting, which stands behind their names: "graph" and "XLA" are Keras's
+`compile(jit_compile=False)` and `True`; "oneDNN" is `torch.set_float32_matmul_precision("medium")`, which is what
+`llmfound.kernels.fast_matmul()` sets.
 """
 
 
@@ -84,6 +89,34 @@ def work(system, sizes, calls):
             seconds[label].append(time.perf_counter() - before)
     versions = {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
     return {"seconds": seconds, "start": start, "built": built, "peak": peak_memory(), "versions": versions}
+
+
+def one_dnn(build):
+    """The same system with torch's matrix products sent to oneDNN, as `llmfound.kernels.fast_matmul()` does."""
+
+    def chosen(sizes):
+        import torch
+
+        torch.set_float32_matmul_precision("medium")
+        return build(sizes)
+
+    return chosen
+
+
+def on_torch(name, build, peer=False):
+    """What runs on torch, as it is and with oneDNN."""
+    return [System(name, "torch", build, peer), System(f"{name}, oneDNN", "torch", one_dnn(build), peer)]
+
+
+def on_backends(name, build, peer=False):
+    """What Keras runs, on every backend; `build` takes a second argument, jit, for `compile(jit_compile=jit)`."""
+    auto, graph, xla = (functools.partial(build, jit=jit) for jit in ("auto", False, True))
+    return [
+        System(f"{name}, JAX", "jax", auto, peer),
+        System(f"{name}, TensorFlow, graph", "tensorflow", graph, peer),
+        System(f"{name}, TensorFlow, XLA", "tensorflow", xla, peer),
+        *on_torch(f"{name}, torch", auto, peer),
+    ]
 
 
 def torch_step(optimizer, loss):

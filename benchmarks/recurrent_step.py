@@ -4,13 +4,14 @@ One step is forward, backward and plain gradient descent on one batch. How fast 
 layers, and the same networks written by hand in torch, without masks and with?
 """
 
+import functools
+
 import numpy as np
-from harness import Experiment, System, main, torch_step
+from harness import Experiment, main, on_backends, on_torch, torch_step
 
 TEXT = """{what}
-"masked": a padding mask of random lengths from half to all; torch.nn then packs the sequences. "oneDNN" is the same
-system after `torch.set_float32_matmul_precision("medium")`, which is what `llmfound.kernels.fast_matmul()` sets;
-"graph" and "XLA" are `compile(jit_compile=False)` and `True`. tokens/s counts positions, padding included."""
+"masked": a padding mask of random lengths from half to all; torch.nn then packs the sequences. tokens/s counts
+positions, padding included."""
 LSTM = dict(kind="LSTM", batch=32, length=70, dims=[400, 1150, 1150, 400])
 GRU = dict(kind="GRU", batch=80, length=30, dims=[620, 500])
 SEARCH = dict(kind="RNNsearch", batch=80, length=30, vocabulary=10_000, embedding_dim=620, hidden_dim=1000,
@@ -35,31 +36,27 @@ def data(sizes):
     return rng.standard_normal((batch, length, sizes["dims"][0]), "float32"), lengths, mask
 
 
-def stack(library, jit):
+def stack(sizes, jit, library):
     """A step of a functional model of a library's layers, Keras's own or ours."""
+    import keras
 
-    def build(sizes):
-        import keras
-
-        if sizes["kind"] == "RNNsearch":
-            return (search if library == "llmfound" else keras_search)(sizes, jit)
-        if library == "llmfound":
-            from llmfound import layers
-        else:
-            from keras import layers
-        x, _, mask = data(sizes)
-        inputs = keras.Input(x.shape[1:]), keras.Input(mask.shape[1:], dtype="bool")
-        y = inputs[0]
-        for dim in sizes["dims"][1:]:
-            layer = getattr(layers, sizes["kind"])(dim, return_sequences=True)
-            layer = keras.layers.Bidirectional(layer) if sizes["kind"] == "GRU" else layer
-            y = layer(y, mask=inputs[1]) if sizes["masked"] else layer(y)
-        model = keras.Model(inputs, y)
-        model.compile(keras.optimizers.SGD(RATE), "mse", jit_compile=jit)
-        target = np.zeros((*x.shape[:2], y.shape[-1]), "float32")
-        return lambda: np.asarray(model.train_on_batch([x, mask], target))
-
-    return build
+    if sizes["kind"] == "RNNsearch":
+        return (search if library == "llmfound" else keras_search)(sizes, jit)
+    if library == "llmfound":
+        from llmfound import layers
+    else:
+        from keras import layers
+    x, _, mask = data(sizes)
+    inputs = keras.Input(x.shape[1:]), keras.Input(mask.shape[1:], dtype="bool")
+    y = inputs[0]
+    for dim in sizes["dims"][1:]:
+        layer = getattr(layers, sizes["kind"])(dim, return_sequences=True)
+        layer = keras.layers.Bidirectional(layer) if sizes["kind"] == "GRU" else layer
+        y = layer(y, mask=inputs[1]) if sizes["masked"] else layer(y)
+    model = keras.Model(inputs, y)
+    model.compile(keras.optimizers.SGD(RATE), "mse", jit_compile=jit)
+    target = np.zeros((*x.shape[:2], y.shape[-1]), "float32")
+    return lambda: np.asarray(model.train_on_batch([x, mask], target))
 
 
 def padded(sizes):
@@ -124,40 +121,32 @@ def keras_search(sizes, jit):
     return lambda: np.asarray(model.train_on_batch([source, target], labels))
 
 
-def torch_nn(one_dnn):
+def torch_nn(sizes):
     """torch.nn.LSTM or GRU; for RNNsearch torch.nn.GRU and GRUCell, in a loop by hand."""
+    import torch
+    from torch import nn
 
-    def build(sizes):
-        import torch
-        from torch import nn
+    x, lengths, _ = data(sizes)
+    if sizes["kind"] == "RNNsearch":
+        model = nn.ModuleDict(torch_search_layers(sizes))
+        source, target, labels = (torch.from_numpy(ids).long() for ids in padded(sizes))
+        loss = lambda: torch_search_loss(model, source, target, labels, lengths, sizes)  # noqa: E731
+    else:
+        x, both = torch.from_numpy(x), sizes["kind"] == "GRU"
+        model = nn.ModuleList(
+            getattr(nn, sizes["kind"])(i, o, batch_first=True, bidirectional=both)
+            for i, o in zip(sizes["dims"], sizes["dims"][1:])
+        )
 
-        if one_dnn:
-            torch.set_float32_matmul_precision("medium")
-        x, lengths, _ = data(sizes)
-        if sizes["kind"] == "RNNsearch":
-            model = nn.ModuleDict(torch_search_layers(sizes))
-            source, target, labels = (torch.from_numpy(ids).long() for ids in padded(sizes))
-            loss = lambda: torch_search_loss(model, source, target, labels, lengths, sizes)  # noqa: E731
-        else:
-            x, both = torch.from_numpy(x), sizes["kind"] == "GRU"
-            model = nn.ModuleList(
-                getattr(nn, sizes["kind"])(i, o, batch_first=True, bidirectional=both)
-                for i, o in zip(sizes["dims"], sizes["dims"][1:])
-            )
+        def loss():
+            y = nn.utils.rnn.pack_padded_sequence(x, torch.from_numpy(lengths), True) if sizes["masked"] else x
+            for layer in model:
+                y, _ = layer(y)
+            if sizes["masked"]:
+                y, _ = nn.utils.rnn.pad_packed_sequence(y, True)
+            return y.square().mean()
 
-            def loss():
-                y = nn.utils.rnn.pack_padded_sequence(x, torch.from_numpy(lengths), True) if sizes["masked"] else x
-                for layer in model:
-                    y, _ = layer(y)
-                if sizes["masked"]:
-                    y, _ = nn.utils.rnn.pad_packed_sequence(y, True)
-                return y.square().mean()
-
-        optimizer = torch.optim.SGD(model.parameters(), RATE)
-
-        return torch_step(optimizer, loss)
-
-    return build
+    return torch_step(torch.optim.SGD(model.parameters(), RATE), loss)
 
 
 def torch_search_layers(sizes):
@@ -196,33 +185,10 @@ def torch_search_loss(model, source, target, labels, lengths, sizes):
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=0)
 
 
-def torch_stack(library):
-    """The same on torch with oneDNN's matrix products."""
-
-    def build(sizes):
-        import torch
-
-        torch.set_float32_matmul_precision("medium")
-        return stack(library, "auto")(sizes)
-
-    return build
-
-
-def systems(library, peer):
-    return [
-        System(f"{library}, JAX", "jax", stack(library, "auto"), peer),
-        System(f"{library}, TensorFlow, graph", "tensorflow", stack(library, False), peer),
-        System(f"{library}, TensorFlow, XLA", "tensorflow", stack(library, True), peer),
-        System(f"{library}, torch", "torch", stack(library, "auto"), peer),
-        System(f"{library}, torch, oneDNN", "torch", torch_stack(library), peer),
-    ]
-
-
 SYSTEMS = [
-    *systems("llmfound", False),
-    System("torch.nn", "torch", torch_nn(False), peer=True),
-    System("torch.nn, oneDNN", "torch", torch_nn(True), peer=True),
-    *systems("keras.layers", True),
+    *on_backends("llmfound", functools.partial(stack, library="llmfound")),
+    *on_torch("torch.nn", torch_nn, peer=True),
+    *on_backends("keras.layers", functools.partial(stack, library="keras.layers"), peer=True),
 ]
 WHAT = {
     "LSTM": """Three LSTM layers, 400-1150-1150-400, 70 steps, 32 rows: the sizes of AWD-LSTM. The loss is the mean
