@@ -24,8 +24,12 @@ def wikitext2(split="train", folder=None):
 
     Returns:
         list of str, the lines, without the blanks at either end.
+
+    Raises:
+        ValueError: if several sub-folders have wiki.train.tokens, and the name of none begins with wikitext-2.
     """
-    path = _published(folder, f"wiki.{_known(split, 'train', 'valid', 'test')}.tokens")
+    name = f"wiki.{_known(split, 'train', 'valid', 'test')}.tokens"
+    path = _published(folder, name, ("wikitext-2", "wikitext2"), ("wikitext-103", "wikitext103"))
     return [line.strip() for line in read_lines(path or fetch(f"wikitext-2/{split}.txt.xz", folder))]
 
 
@@ -127,12 +131,23 @@ def _known(split, *splits):
     return split
 
 
-def _published(folder, name):
-    """The path of a file, or folder, of the authors, if it is there."""
+def _published(folder, name, own="", others=()):
+    """The path of a file, or folder, of the authors, if it is there: in the folder itself, or in a sub-folder.
+
+    Where the name does not tell the set, the sub-folders' names do: what they begin with, in lower case, if they are
+    the set's `own`, which come first, or those of `others`, which are passed over.
+    """
     folder = folder or os.environ.get("LLMFOUND_DATA")
     if not folder:
         return None
-    for path in (Path(folder) / name, *sorted(Path(folder).glob(f"*/{name}"))):
-        if path.exists():
-            return path
-    return None
+    if (Path(folder) / name).exists():
+        return Path(folder) / name
+    found = [path for path in sorted(Path(folder).glob(f"*/{name}"))
+             if path.exists() and not path.parent.name.lower().startswith(others)]  # fmt: skip
+    named = [path for path in found if path.parent.name.lower().startswith(own)]
+    if len(found) > 1 and not named:
+        raise ValueError(
+            f"{folder} has {name} in {', '.join(path.parent.name for path in found)}, and none is called {own[0]}; "
+            "give the folder of the set itself."
+        )
+    return next(iter(named or found), None)

@@ -34,6 +34,24 @@ def test_wikitext2(published, monkeypatch, tmp_path):
     assert wikitext2("valid") == ["= Title =", "", "A text @-@ with <unk> ."]
 
 
+def test_wikitext2_is_not_taken_from_the_folder_of_another_set(monkeypatch, tmp_path):
+    def put(name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "wiki.valid.tokens").write_text(f"of {name}")
+
+    hashed(monkeypatch, tmp_path, "wikitext-2/valid.txt.xz", WIKI)
+    put("wikitext-103")
+    assert wikitext2("valid", tmp_path)[0] == "= Title ="
+    put("mine")
+    assert wikitext2("valid", tmp_path) == ["of mine"]
+    put("copy")
+    with pytest.raises(ValueError, match=r"has wiki.valid.tokens in copy, mine, and none is called wikitext-2; give"):
+        wikitext2("valid", tmp_path)
+    put("WikiText-2")
+    assert wikitext2("valid", tmp_path) == ["of WikiText-2"]
+    assert wikitext2("valid", tmp_path / "wikitext-103") == ["of wikitext-103"]
+
+
 @pytest.mark.parametrize("published", [False, True])
 def test_imdb(published, monkeypatch, tmp_path):
     rows = [("train/neg/0", 0, "Bad.\x85<br />"), ("train/pos/1", 1, "Good."), ("unsup/2", None, "What?")]
