@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import unicodedata
 from collections import namedtuple
 
 import numpy as np
@@ -268,7 +269,7 @@ class QuestionAnsweringBatches(_LikeLengths):
     def _ranked(self, question, spans, null, n_best):
         offsets, texts = self._offsets[question.context], {}
         for score, first, last in sorted(spans, key=lambda span: (-span[0], span[1], span[2])):
-            text = question.context[offsets[first, 0] : offsets[last, 1]]
+            text = question.context[offsets[first, 0] : _end(question.context, offsets, last)]
             if text not in texts:
                 texts[text] = score
             if len(texts) == n_best:
@@ -277,6 +278,14 @@ class QuestionAnsweringBatches(_LikeLengths):
         shares = np.exp(scores - scores.max()) if len(scores) else scores
         odds = null - scores[0] if len(scores) else np.inf
         return Candidates(list(texts), scores.tolist(), (shares / shares.sum()).tolist(), float(odds))
+
+
+def _end(text, offsets, piece):
+    """Where a piece ends, with the marks behind it that combine with its last character, if they are in no piece."""
+    end, following = offsets[piece, 1], offsets[piece + 1, 0] if piece + 1 < len(offsets) else len(text)
+    while end < following and unicodedata.category(text[end]) == "Mn":
+        end += 1
+    return end
 
 
 def _pieces_of_answer(question, offsets):

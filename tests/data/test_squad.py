@@ -93,6 +93,16 @@ def test_gold_labels_give_gold_answers():
     assert found.candidates(logits(found, spans))["a"].probabilities[0] > 0.9
 
 
+@pytest.mark.parametrize("lowercase, kept", [(True, "paris\u0301\u0302"), (False, "paris")])
+@pytest.mark.parametrize("rest", ["", " w1"])
+def test_an_answer_keeps_the_accents_that_the_tokenizer_drops(lowercase, kept, rest):
+    question = Question("a", "who", f"w1 paris\u0301\u0302{rest}", (("paris", 3),))
+    tokenizer = WordPiece.from_vocabulary([*PIECES, "##\u0301", "##\u0302"], lowercase=lowercase)
+    found = QuestionAnsweringBatches([question], tokenizer, max_length=12, shuffle=False, length_multiple=4)
+    [(_, _, label)] = rows(found)
+    assert found.answers(logits(found, {0: (*label, 5.0)})) == {"a": kept}
+
+
 def test_an_answer_counts_in_the_window_where_its_first_piece_has_most_context():
     found = batches([QUESTIONS[0]])
     inside = [(row, 4 + 5 - start) for row, (_, start, end) in enumerate(found.windows) if start <= 5 < end]
