@@ -199,13 +199,15 @@ def _best(odds, scores, has_answer, given):
     """The best mean score, in percent, when questions of odds above a threshold get "", and that threshold.
 
     As in the official script, the threshold grows through the odds, and whatever is `given` where no answer is due
-    counts as wrong, be it without a word.
+    counts as wrong, be it without a word. If it is best to answer nothing, the threshold is 0, as in the
+    script, or less where 0 would answer some.
     """
     gains = np.where(has_answer, scores, np.where(given, -1.0, 0.0))
     order = np.argsort(odds, kind="stable")
     totals = np.concatenate([[0.0], np.cumsum(gains[order])]) + (~has_answer).sum()
     best = int(totals.argmax())
-    return 100 * totals[best] / len(odds), 0.0 if best == 0 else float(odds[order][best - 1])
+    threshold = odds[order][best - 1] if best else min(0.0, np.nextafter(odds.min(), -np.inf))
+    return 100 * totals[best] / len(odds), float(threshold)
 
 
 def _entities(tags, sentence):

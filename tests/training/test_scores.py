@@ -144,6 +144,10 @@ def test_the_best_threshold():
         assert found["exact"] == 100 and found["best_exact"] == found["best_f1"] == best
     nothing = squad_scores({"a": "y"}, [question("a", "x")], {"a": 5.0})
     assert nothing["best_f1"] == 0 and nothing["best_f1_threshold"] == 0.0
+    for least in (-2.0, 0.0):
+        odds = {"a": least, "b": 1.0}
+        nothing = squad_scores({"a": "x", "b": "y"}, [question(name, impossible=True) for name in odds], odds)
+        assert nothing["best_exact"] == 100 and least - 1e-9 < nothing["best_exact_threshold"] < least
 
 
 def test_predictions_that_are_missing():
