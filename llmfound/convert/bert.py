@@ -38,6 +38,8 @@ PARTS = {
     "masked_lm": "cls.predictions", "next_sentence": "cls.seq_relationship", "classes": "classifier",
     "span": "qa_outputs", "score": "classifier",
 }  # fmt: skip
+POOLER = "pooler/dense/kernel", "pooler/dense/bias"
+ADVICE = "With kind=..., such as kind=llmfound.models.BERT, heads of other kinds are left out."
 OF_COMPUTING = "call", "encode", "pool", "embed"  # methods
 LAST = {"kernel": "weight", "embeddings": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}
 
@@ -164,14 +166,22 @@ def read(source, form, tensors, config, kind=None, num_classes=None, dtype=None,
     whole = [f"{name} is {dtype}" for name, dtype in used.items() if dtype.kind != "f"]
     if whole:
         raise ValueError(f"{source}: weights must be real numbers, and {'; '.join(whole[:5])}.")
-    left, new, kept = [], [], {}
-    if not strict:
-        left = [name for name in tensors if name not in table.values() and not name.startswith(form.encoder)]
+    surplus = [name for name in tensors if name not in table.values() and not name.startswith(form.encoder)]
+    left, new, kept = surplus, [], {}
+    if strict:  # files of heads that need no pooler often have one
+        left = [name for name in surplus if name in map(form.name, POOLER)]
+    else:
         there = {"encoder", *(_head(path) for path, name in table.items() if name in tensors)}
         new = sorted(path for path in table if _head(path) not in there)
         kept = {path: ops.convert_to_numpy(weights[path]) for path in new}
     entries = {path: ((name,), np.transpose if form.turned(path) else np.asarray) for path, name in table.items()}
-    assign(model, {**tensors, **kept}, {**entries, **{path: path for path in kept}}, ignore=left)
+    try:
+        assign(model, {**tensors, **kept}, {**entries, **{path: path for path in kept}}, ignore=left)
+    except ValueError as error:
+        lacking = [name for name in table.values() if name not in tensors and not name.startswith(form.encoder)]
+        if strict and (surplus != left or (lacking and type(model) is not models.BERT)):
+            raise ValueError(f"{error} {ADVICE}") from None
+        raise
     copied = {path: name for path, name in table.items() if path not in kept}
     labels = {} if new else config.get("id2label", {})
     if hasattr(model, "classes") and not new:

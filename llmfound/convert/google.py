@@ -34,8 +34,9 @@ def from_google(path, kind=None, num_classes=None, dtype=None, config=None):
 
         bert = llmfound.convert.from_google("uncased_L-2_H-128_A-2", llmfound.models.BERT)
 
-    Without `kind`, every tensor must have its place, and output_weights are of a BERTClassifier; all else is as in
-    `from_huggingface`. Their GELU is the tanh form. What their optimizer keeps is passed over.
+    Without `kind`, every tensor must have its place, but for a pooler that the head has no use for, and output_weights
+    are of a BERTClassifier; all else is as in `from_huggingface`. Their GELU is the tanh form. What their optimizer
+    keeps is passed over.
 
     Args:
         path: the folder, or the path of its files without .index, such as FOLDER/bert_model.ckpt.

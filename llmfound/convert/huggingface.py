@@ -10,6 +10,7 @@ import numpy as np
 
 from llmfound import models
 from llmfound.convert.bert import (
+    ADVICE,
     Form,
     check_kind,
     check_plain,
@@ -41,9 +42,10 @@ def from_huggingface(folder, kind=None, num_classes=None, dtype=None):
         bert = llmfound.convert.from_huggingface("bert-base-uncased", llmfound.models.BERT)
         tokenizer = llmfound.data.WordPiece.load("bert-base-uncased")
 
-    Without `kind`, every tensor must have its place: the heads that are there say which model it is, and of those with
-    a "classifier" config.json's `architectures`. With it, heads of other kinds are left out and what the file lacks of
-    this one begins anew, and a warning tells so. `model.conversion` tells all of it.
+    Without `kind`, every tensor must have its place, but for a pooler that the head has no use for, which is left out:
+    the heads that are there say which model it is, and of those with a "classifier" config.json's `architectures`. With
+    it, heads of other kinds are left out and what the file lacks of this one begins anew. A warning tells of what was
+    left out and what is new, and `model.conversion` of everything.
 
     Args:
         folder: path.
@@ -62,7 +64,7 @@ def from_huggingface(folder, kind=None, num_classes=None, dtype=None):
     check_kind(kind)
     folder = Path(folder)
     config = _config(folder)
-    tensors = _modern(_tensors(folder), kind is None or issubclass(kind, models.BERTPretraining))
+    tensors = _modern(_tensors(folder), kind)
     known, told = {theirs: getattr(models, ours) for ours, theirs in OF_KIND.items()}, config.get("architectures")
     classifier = next((known[name] for name in told if name in known), None) if isinstance(told, list) else None
     if kind and classifier and not issubclass(kind, classifier):  # heads of three kinds have the same names
@@ -162,10 +164,10 @@ def _tensors(folder):
     return found
 
 
-def _modern(tensors, tied):
+def _modern(tensors, kind):
     """With the names of new files, without the prefix that all but plain encoders have, and tied weights once.
 
-    Where they are not the same, it is an error if they should be `tied`.
+    Where they are not the same, it is an error if the model's `kind` has them, or is to be found.
     """
     found = {}
     for name, array in tensors.items():
@@ -178,8 +180,9 @@ def _modern(tensors, tied):
     for name, original in TIED.items():
         if name in found and np.array_equal(found[name], found.setdefault(original, found[name])):
             del found[name]
-        elif name in found and tied:
-            raise ValueError(f"{name} and {original} differ; here they are one weight.")
+        elif name in found and (kind is None or issubclass(kind, models.BERTPretraining)):
+            advice = f" {ADVICE}" if kind is None else ""
+            raise ValueError(f"{name} and {original} differ; here they are one weight.{advice}")
     return found
 
 

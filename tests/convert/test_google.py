@@ -179,6 +179,19 @@ def test_another_kind_leaves_heads_out_and_tells():
         assert from_google(GOLDEN, models.BERTClassifier, num_classes=2).classes.units == 2
 
 
+@pytest.mark.on_one_backend
+def test_a_pooler_that_the_head_has_no_use_for_is_left_out(folder):
+    def reader(tensors):
+        for name in [name for name in tensors if name.startswith("cls/")]:
+            del tensors[name]
+        tensors |= {"cls/squad/output_weights": value("w", (2, 4)), "cls/squad/output_bias": value("b", (2,))}
+
+    rewrite(folder, reader)
+    with pytest.warns(UserWarning, match=r"read; left out of the checkpoint: bert/pooler/dense/bias \(4,\), bert/p"):
+        model = from_google(folder)
+    assert type(model) is models.BERTQuestionAnswering and len(model.conversion.left) == 2
+
+
 @pytest.mark.parametrize("edit, message", [
     (lambda t: t.pop("bert/encoder/layer_1/output/dense/bias"),
      r"bert/encoder/layer_1/output/dense/bias is missing, for .*/encoder/block_1/feedforward/contract/bias \(4,\)"),

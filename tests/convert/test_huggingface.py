@@ -262,8 +262,10 @@ def test_old_names_and_copies(folder):
     rewrite(folder, old, architectures=["BertForMaskedLM"])  # as that of bert-base-uncased, which has all heads
     assert_close(outputs(from_huggingface(folder)), expected, 0)
     rewrite(folder, lambda t: t | {"cls.predictions.decoder.weight": t["cls.predictions.decoder.weight"] + 1})
-    with pytest.raises(ValueError, match=r"decoder.weight and embeddings.word_embeddings.weight differ; .* one weight"):
+    with pytest.raises(ValueError, match=r"decoder.weight and embeddings.word_embeddings.weight differ; .*. With"):
         from_huggingface(folder)
+    with pytest.raises(ValueError, match=r"differ; here they are one weight\.$"):
+        from_huggingface(folder, models.BERTPretraining)
     with pytest.warns(UserWarning, match=r"left out .*predictions.decoder.weight \(40, 16\)"):
         assert type(from_huggingface(folder, models.BERT)) is models.BERT
 
@@ -367,6 +369,41 @@ def test_an_encoder_without_a_pooler(tmp_path):
         bert = from_huggingface(tmp_path, models.BERT)
     assert bert.conversion.left == ["qa_outputs.bias (2,)", "qa_outputs.weight (2, 16)"]
     assert 0.01 < np.std(ops.convert_to_numpy(bert.pooler.dense.kernel)) < 0.03  # as in any new model
+
+
+@pytest.mark.parametrize("kind, arguments", [
+    (models.BERTQuestionAnswering, ()), another(models.BERTTokenClassifier, (3,)),
+    another(models.BERTPretraining, (False,)),
+])  # fmt: skip
+@pytest.mark.on_one_backend
+def test_a_pooler_that_the_head_has_no_use_for_is_left_out(tmp_path, kind, arguments):
+    model = small(kind, *arguments)
+    to_huggingface(model, tmp_path)
+    pooler = {
+        "bert.pooler.dense.weight": np.ones((16, 16), "float32"),
+        "bert.pooler.dense.bias": np.ones(16, "float32"),
+    }
+    rewrite(tmp_path, lambda tensors: tensors | pooler)
+    with pytest.warns(UserWarning, match=r"read; left out of the checkpoint: pooler.dense.bias \(16,\), pooler.de"):
+        again = from_huggingface(tmp_path)
+    assert type(again) is kind and not again.conversion.new and len(again.conversion.left) == 2
+    assert_close(again.get_weights(), model.get_weights(), 0)
+
+
+@pytest.mark.on_one_backend
+def test_what_a_kind_would_leave_out_is_told(folder):
+    advice = r"\. With kind=\.\.\., such as kind=llmfound.models.BERT, heads of other kinds are left out\.$"
+    rewrite(folder, lambda t: {name: x for name, x in t.items() if "predictions" not in name})
+    with pytest.raises(ValueError, match=r"cls.predictions.bias is missing, for .*" + advice):
+        from_huggingface(folder)
+    with pytest.warns(UserWarning, match=r"left out of the checkpoint: cls.seq_relationship.bias \(2,\)"):
+        assert type(from_huggingface(folder, models.BERT)) is models.BERT
+    rewrite(folder, lambda t: {name: x for name, x in t.items() if "cls" not in name} | {"crf": np.ones(2, "float32")})
+    with pytest.raises(ValueError, match=r"crf \(2,\) is not used" + advice):
+        from_huggingface(folder)
+    rewrite(folder, lambda t: {name: x for name, x in t.items() if name not in ("crf", "bert.pooler.dense.bias")})
+    with pytest.raises(ValueError, match=r"pooler.dense.bias is missing, for [^.]*\.$"):  # which no kind would mend
+        from_huggingface(folder)
 
 
 @pytest.mark.parametrize("edit, message", [
