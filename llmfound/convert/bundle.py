@@ -67,7 +67,10 @@ def _tensor(path, name, entry, dtype):
 
 
 def _index(data):
-    """The fields of the header, by number, and those of each tensor's entry, by its name."""
+    """The fields of the header, by number, and those of each tensor's entry, by its name.
+
+    Slices have entries, too, with keys that are no text and begin with a zero byte; they are left out.
+    """
     if len(data) < 48 or struct.unpack("<Q", data[-8:])[0] != MAGIC:
         raise ValueError("it does not end as one")
     footer = data[-48:]
@@ -79,7 +82,7 @@ def _index(data):
     header = dict(_fields(entries.pop(b"", b"")))
     if header.get(2, 0) != 0:
         raise ValueError("its numbers are big-endian")
-    return header, {name.decode(): _entry(value) for name, value in entries.items()}
+    return header, {key.decode(): _entry(value) for key, value in entries.items() if key[:1] != b"\0"}
 
 
 def _entry(data):
