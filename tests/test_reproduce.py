@@ -1,13 +1,16 @@
 """Figures of papers: what a call leaves behind, how it goes on, what it refuses; and the figures themselves, tiny."""
 
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import keras
 import numpy as np
@@ -277,6 +280,51 @@ def test_ctrl_c_ends_in_one_sentence(when, tmp_path):
             continue
     assert errors == "Interrupted. What was done is kept, and the same command goes on.\n"
     assert process.returncode in (1, -signal.SIGINT)  # as Python ends where the signal met code that an import compiles
+
+
+@pytest.mark.on_one_backend
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no such signals")
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_jobs_end_with_the_process_that_started_them(how, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmfound", "reproduce", "preln-gradients", "--scale", "tiny", "--seeds", "99", "--jobs",
+         "2", "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while "about" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)  # the jobs have its streams, too: they have ended when it returns
+    assert process.returncode == (143 if how == signal.SIGTERM else -how)
+    assert not errors or how == signal.SIGKILL  # of which Python's own helper tells
+
+
+@pytest.mark.on_one_backend
+def test_a_job_waits_for_the_end_of_its_parent(monkeypatch):
+    (ours, its), ended = multiprocessing.Pipe(), []
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: types.SimpleNamespace(sentinel=its))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(reproduce.figure, "_prepared", lambda *_: None)
+    handler, before = signal.getsignal(signal.SIGINT), set(threading.enumerate())
+    try:
+        reproduce.figure._begin(None, None, None, None)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    [thread] = set(threading.enumerate()) - before
+    assert thread.daemon and not ended
+    ours.close()
+    thread.join(10)
+    assert ended == [1]
+
+
+@pytest.mark.on_one_backend
+def test_sigterm_exits_while_there_are_jobs(tmp_path, monkeypatch):
+    """As an exception, which ends the jobs; before and behind them it is as it was."""
+    monkeypatch.setattr(reproduce.figure, "_interrupts_held", lambda: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        reproduce.reproduce(Coins(), "tiny", out=tmp_path, jobs=2)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # Intervals, and what is noise

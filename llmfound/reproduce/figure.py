@@ -6,11 +6,14 @@ import copy
 import datetime
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import platform
 import shutil
 import signal
+import sys
+import threading
 import time
 
 import keras
@@ -209,6 +212,7 @@ def reproduce(figure, scale="small", seeds=None, out="runs/reproduce", data=None
         OSError: before anything is run, if the folder cannot be written or its disk is full.
         ImportError: before anything is run, if matplotlib is missing.
         ChildProcessError: if the process of a job is killed.
+        SystemExit: if SIGTERM comes while there are jobs, which end with this process.
     """
     if scale not in figure.scales:
         raise ValueError(f"{figure.name} has the scales {', '.join(figure.scales)}; got {scale!r}.")
@@ -259,6 +263,7 @@ def _measured(figure, settings, sets, folder, left, jobs):
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (figure, settings, sets, folder))
     others = set(multiprocessing.active_children())
+    before = _exit_on_sigterm()
     try:
         with _interrupts_held():
             futures = [pool.submit(_one, run, seed) for run, seed in left]
@@ -275,6 +280,15 @@ def _measured(figure, settings, sets, folder, left, jobs):
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _exit_on_sigterm():
+    """From here on SIGTERM raises SystemExit, unless it is handled already; what handled it before, or None."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return None
+    return signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 @contextlib.contextmanager
@@ -309,7 +323,14 @@ _job = []  # of a process of its own: what it measures
 
 def _begin(figure, settings, sets, folder):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _job[:] = figure, settings, _prepared(figure, settings, sets, folder)
+
+
+def _end_with_parent():
+    """Ends this process when the one that started it has ended, be it killed."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _one(run, seed):
