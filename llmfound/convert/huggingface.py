@@ -158,7 +158,13 @@ def _tensors(folder):
             )
         try:
             with safetensors.safe_open(path, "numpy") as file:
-                found |= {key: file.get_tensor(key) for key in file.keys()}
+                dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}
+                small = [f"{key} is {dtype}" for key, dtype in dtypes.items() if re.match(r"F[468](_|$)", dtype)]
+                if small:
+                    raise ValueError(
+                        f"{path}: {'; '.join(small[:5])}, and weights must be of float16, bfloat16 or more."
+                    )
+                found |= {key: file.get_tensor(key) for key in dtypes}
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged, or no safetensors file: {error}.") from error
     return found

@@ -280,6 +280,15 @@ def test_other_dtypes(folder, dtype):
     assert_close(model.get_weights(), before, 1e-7 if dtype == "float64" else 1e-2)
 
 
+@pytest.mark.on_one_backend
+def test_a_dtype_that_is_too_small(folder):
+    path = folder / "model.safetensors"
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    with pytest.raises(ValueError, match=r"safetensors: a is F8_E4M3, and weights must be of float16, bfloat16 or"):
+        from_huggingface(folder)
+
+
 def test_a_policy_of_its_own(folder):
     model = from_huggingface(folder, dtype="mixed_bfloat16")
     assert model.encoder.compute_dtype == "bfloat16" and model.encoder.embeddings.dtype == "float32"
