@@ -32,7 +32,7 @@ def assign(model, tensors, table, ignore=(), keep=()):
             problems.append(f"{', '.join(missing)} is missing, for {weight.path} {tuple(weight.shape)}")
             continue
         used.update(names)
-        value = np.asarray(function(*[np.asarray(tensors[name]) for name in names]))
+        value = np.asarray(function(*[as_array(tensors[name]) for name in names]))
         if value.shape != tuple(weight.shape):
             shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names)
             problems.append(f"{weight.path} is {tuple(weight.shape)}, which {shapes} does not fit")
@@ -43,3 +43,10 @@ def assign(model, tensors, table, ignore=(), keep=()):
         raise ValueError(f"These weights do not fit {type(model).__name__}: {shown}.")
     for weight, value in values:
         weight.assign(value)
+
+
+def as_array(tensor):
+    """NumPy's array of a tensor; bfloat16, which NumPy itself does not have, as float32."""
+    kind = str(getattr(tensor, "dtype", None))
+    array = np.asarray(tensor.float() if kind == "torch.bfloat16" else tensor)
+    return array.astype("float32") if kind == "bfloat16" else array

@@ -4,7 +4,7 @@
 import numpy as np
 from keras import ops
 
-from llmfound.convert.assign import assign
+from llmfound.convert.assign import as_array, assign
 
 _PREFIXES = ("0.module.", "0.", "")  # of a classifier, a language model, and an encoder by itself
 
@@ -35,7 +35,7 @@ def from_fastai(model, tensors):
     if (
         hasattr(model, "decoder")
         and "1.decoder.weight" in tensors
-        and not np.array_equal(np.asarray(tensors["1.decoder.weight"]), np.asarray(tensors[f"{prefix}encoder.weight"]))
+        and not np.array_equal(as_array(tensors["1.decoder.weight"]), as_array(tensors[f"{prefix}encoder.weight"]))
     ):
         raise ValueError(f"1.decoder.weight and {prefix}encoder.weight differ; here they are one weight.")
     for i, lstm in enumerate(encoder.lstms):

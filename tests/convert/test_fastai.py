@@ -1,5 +1,6 @@
 """Weights of fastai's AWD-LSTM: into our models, out again, and the same numbers as PyTorch's own layers give."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from keras import ops
@@ -79,6 +80,17 @@ def test_a_language_model():
     for name, array in written.items():
         if "bias_" not in name:
             assert (array == tensors[name]).all() and array.dtype == "float32", name
+
+
+@pytest.mark.on_one_backend
+def test_bfloat16():
+    torch, model = pytest.importorskip("torch"), ULMFiT(13, **SIZES)
+    tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in language_model_tensors().items()}
+    expected = tensors["0.encoder.weight"].astype("float32")
+    of_torch = {name: torch.from_numpy(x.astype("float32")).bfloat16() for name, x in tensors.items()}
+    for found in (tensors, of_torch):
+        from_fastai(model, found)
+        assert_close(model.encoder.embedding.embeddings, expected, 0)
 
 
 @pytest.mark.on_one_backend
