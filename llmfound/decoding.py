@@ -245,8 +245,9 @@ def translate(model, tokenizer, sentences, target_tokenizer=None, beam_size=4, l
         list of str, in the order of `sentences`.
 
     Raises:
-        ValueError: if `sentences` is one str, a size is not positive, a tokenizer lacks a special id, or the model
-            lacks `align`; or if there is a dictionary without replace_unknown.
+        ValueError: if `sentences` is one str, one of them is longer than the model's `max_length`, a size is not
+            positive, a tokenizer lacks a special id, or the model lacks `align`; or if there is a dictionary without
+            replace_unknown.
     """
     target_tokenizer = target_tokenizer or tokenizer
     if isinstance(sentences, str):
@@ -270,13 +271,20 @@ def translate(model, tokenizer, sentences, target_tokenizer=None, beam_size=4, l
     dictionary = {} if dictionary is None else dictionary
     sentences = list(sentences)
     sources = [[*pieces, end_id] if len(pieces) else [] for pieces in tokenizer.encode_batch(sentences)]
+    limit = getattr(model, "max_length", None)
+    for i, source in enumerate(sources):
+        if limit is not None and len(source) > limit:
+            raise ValueError(
+                f"Sentence {i} has {len(source)} tokens with its end, more than the model's max_length={limit}; "
+                f"shorten it, or build the model with max_length={len(source)}."
+            )
     order = sorted((i for i, source in enumerate(sources) if source), key=lambda i: -len(sources[i]))
     texts = [""] * len(sources)
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         longest = len(sources[chosen[0]])
         length = -(-longest // length_multiple) * length_multiple
-        length = max(longest, min(length, getattr(model, "max_length", None) or length))
+        length = length if limit is None else min(length, limit)
         rows = min(batch_size, 2 ** (len(chosen) - 1).bit_length())
         source_ids = np.full((rows, length), pad_id, "int32")
         for row, i in enumerate(chosen + chosen[-1:] * (rows - len(chosen))):

@@ -675,6 +675,8 @@ def test_sources_are_not_filled_up_beyond_what_the_model_can_read():
     decoding.translate(model, Words(TEXT), ["one two three four five"], length_multiple=4, max_length=9)
     with_end = [length for _, length, _ in dict.fromkeys(model.batches)]
     assert with_end == [4, 6]
+    with pytest.raises(ValueError, match=r"^Sentence 1 has 7 tokens with its end, more .* max_length=6; shorten"):
+        decoding.translate(model, Words(TEXT), ["one", "one two three four five one"], max_length=9)
 
 
 def test_nothing_to_translate():
