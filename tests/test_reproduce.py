@@ -177,6 +177,9 @@ def test_results_of_something_else_are_kept(tmp_path):
     with pytest.raises(ValueError, match=r"results\.json is damaged"):
         reproduce.reproduce(Coins(), "tiny", out=tmp_path)
     assert file.read_text() == before[:-9] and not figure.measured
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"results\.json is damaged \(no object, but \[\]\); remove it"):
+        reproduce.reproduce(Coins(), "tiny", out=tmp_path)
 
 
 # The command line

@@ -348,7 +348,9 @@ def _open(folder, figure, scale, settings):
     if file.exists():
         try:
             record = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+            if not isinstance(record, dict):
+                raise ValueError(f"no object, but {str(record)[:40]}")
+        except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}); remove it, or choose another folder.") from error
         differing = [key for key in new if record.get(key) != new[key]]
         if differing:
