@@ -14,7 +14,7 @@ _FILES = "ids.npy", "sentences.npy", "documents.npy"
 
 
 def read_documents(path):
-    """Documents of a text file with one sentence a line and blank lines between documents; .gz and .xz, too.
+    """Documents of a text file with one sentence a line and blank lines between documents; .gz, .xz and .bz2, too.
 
     Returns:
         list of lists of str, none of them empty.

@@ -36,7 +36,7 @@ Candidates = namedtuple("Candidates", "texts scores probabilities null_odds")
 
 
 def read_squad(path):
-    """The questions of a file of SQuAD, 1.1 or 2.0; a name that ends in .gz or .xz is decompressed.
+    """The questions of a file of SQuAD, 1.1 or 2.0; a name that ends in .gz, .xz or .bz2 is decompressed.
 
     Where an entry does not tell of "is_impossible", it is if its "answers" are there and empty.
 

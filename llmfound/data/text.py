@@ -1,5 +1,6 @@
 """Readers of line-aligned text, plain or compressed, and of two public sets of translations."""
 
+import bz2
 import gzip
 import hashlib
 import lzma
@@ -75,7 +76,7 @@ BY_HAND = {
 
 
 def read_lines(path):
-    """The lines of a UTF-8 text file; a name that ends in .gz or .xz is decompressed.
+    """The lines of a UTF-8 text file; a name that ends in .gz, .xz or .bz2 is decompressed.
 
     Only "\\n" and "\\r\\n" end a line: U+0085 and U+2028, where `str.splitlines` also breaks, may stand in a sentence.
 
@@ -259,8 +260,8 @@ def _verify(path, expected, origin):
 def _decompressed(path):
     """The bytes of a file, unpacked as its name says."""
     content = path.read_bytes()
-    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix)
+    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress, ".bz2": bz2.decompress}.get(path.suffix.lower())
     try:
         return unpack(content) if unpack else content
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{path} is no complete {path.suffix} file ({error}); fetch or pack it anew.") from error

@@ -123,7 +123,7 @@ class Tokenizer:
 
     @classmethod
     def train_from_files(cls, paths, vocab_size, **options):
-        """The same from UTF-8 text files (plain, .gz or .xz), one sentence a line.
+        """The same from UTF-8 text files (plain, .gz, .xz or .bz2), one sentence a line.
 
         Args:
             paths: iterable of paths.

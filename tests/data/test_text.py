@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import hashlib
 import http.server
@@ -13,16 +14,16 @@ from llmfound.data import text
 pytestmark = pytest.mark.on_one_backend
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "data"
-PACK = {".txt": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+PACK = {".txt": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
 def write(path, content):
     content = content if isinstance(content, bytes) else content.encode("utf-8")
-    path.write_bytes(PACK.get(path.suffix, bytes)(content))
+    path.write_bytes(PACK.get(path.suffix.lower(), bytes)(content))
     return path
 
 
-@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("suffix", [*PACK, ".GZ"])
 def test_lines_end_at_newlines_only(tmp_path, suffix):
     odd = "a\u0085b\u2028c\x0bd\x1ce\rf"
     path = write(tmp_path / f"text{suffix}", f"\ufeff{odd}\n\nwindows\r\nlast")
@@ -81,7 +82,7 @@ def test_errors_name_file_and_place(tmp_path):
         data.read_parallel(write(tmp_path / "two.txt", "a\nb\n"), write(tmp_path / "three.txt", "a\nb\nc\n"))
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2"])
 @pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"plain text", lambda b: b[:30] + b"\0" * 9 + b[39:]])
 def test_broken_compression(tmp_path, suffix, damage):
     path = tmp_path / f"broken{suffix}"
