@@ -37,13 +37,13 @@ class Recomputed:
             or in_symbolic_scope()
             or (self.repeated_in_parts and self._remat_mode.mode != "list_of_layers")
             or not all(layer.built for layer in self._flatten_layers())
+            or super().rematerialized_call(call, *args, **kwargs) is call  # which the mode leaves as it is
         ):
             return call
         around = _surroundings()
         if keras.backend.backend() == "torch":  # which repeats a call as it is
-            function = _as_at_first(call, self.non_trainable_variables, around)
-            recomputed = super().rematerialized_call(function, *args, **kwargs)
-            return call if recomputed is function else recomputed
+            call = _as_at_first(call, self.non_trainable_variables, around)
+            return super().rematerialized_call(call, *args, **kwargs)
         scope = get_global_attribute("stateless_scope")
         outside = scope.state_mapping if scope else {}
         generator = get_global_attribute("global_seed_generator")
@@ -71,8 +71,6 @@ class Recomputed:
             return (results, rest) if keras.backend.backend() == "jax" else (results,)
 
         recomputed = super().rematerialized_call(function, *args, **kwargs)
-        if recomputed is function:
-            return call
 
         def run(*args, **kwargs):
             results, *rest = recomputed(*(x for x in given if _is_float(x)))
@@ -97,10 +95,15 @@ def _as_at_first(call, variables, around):
         first[:] = first or now
         for variable, value in zip(variables, first):
             variable.assign(value)
+        filtering = keras.config.is_traceback_filtering_enabled()
         try:
+            # PyTorch breaks off, by an exception, a repetition that has given all it must. Keras would wrap it at each
+            # layer, and what was computed would live on in its traceback.
+            set_global_attribute("traceback_filtering", filtering and not repetition)
             with _restored(around):
                 return call(*args, **kwargs)
-        finally:  # PyTorch breaks off a repetition that has given all it needs
+        finally:
+            set_global_attribute("traceback_filtering", filtering)
             for variable, value in zip(variables, now if repetition else ()):
                 variable.assign(value)
 
