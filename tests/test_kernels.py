@@ -977,7 +977,8 @@ def test_additive_scores_in_torch(at_once):
     values = [x.requires_grad_() for x in values]
     found = []
     for body in bodies("additive_scores"):
-        gradient = torch.autograd.grad(body(*values).sum(), values, create_graph=True)
+        query = values[0] + values[1].sum(1, keepdim=True)  # as a decoder's, which has seen the keys
+        gradient = torch.autograd.grad(body(query, *values[1:]).sum(), values, create_graph=True)
         penalty = sum((x**2).sum() for x in gradient)
         found.append([numpy(x) for x in torch.autograd.grad(penalty, values)])
     assert_close(found[-1], found[0], 1e-6)
@@ -1062,6 +1063,67 @@ def test_recurrence(reverse):
     shapes = (2, 3), (2, 4), (3, 2, 3), (3, 3), (2, 3, 4), (2, 3)
     values = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
     assert_equals_numpy("recurrence", definition, *values, call=call, value_tolerance=2e-6)
+
+
+def penalty_gradients(function, *values, jit=False):
+    """The gradients of a sum of squared outputs plus the squares of its own gradients, which are differentiated so."""
+    values = [ops.convert_to_tensor(value) for value in values]
+    loss = lambda *values: sum(ops.sum(x**2) for x in function(*values))  # noqa: E731
+    if keras.backend.backend() == "jax":
+        import jax
+
+        places = tuple(range(len(values)))
+        penalty = lambda *values: loss(*values) + sum((x**2).sum() for x in jax.grad(loss, places)(*values))  # noqa: E731
+        return jax.grad(penalty, places)(*values)
+    if keras.backend.backend() == "torch":
+        import torch
+
+        values = [value.requires_grad_() for value in values]
+        found = loss(*values)
+        first = torch.autograd.grad(found, values, create_graph=True)
+        return torch.autograd.grad(found + sum((x**2).sum() for x in first), values)
+    import tensorflow as tf
+
+    def run(*values):
+        with tf.GradientTape() as outer:
+            outer.watch(values)
+            with tf.GradientTape() as inner:
+                inner.watch(values)
+                found = loss(*values)
+            found = found + sum(tf.reduce_sum(x**2) for x in inner.gradient(found, values))
+        return outer.gradient(found, values)
+
+    return (tf.function(run, jit_compile=True) if jit else run)(*values)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("recurrence", {"reverse": True}), ("lstm", {}), ("gru", {"reverse": True}), ("gru", {"reset_after": True}),
+])  # fmt: skip
+def test_the_gradient_of_a_recurrence_can_be_differentiated(name, options):
+    mask = ops.convert_to_tensor(np.array([[1, 1, 0], [1, 0, 1]], bool))
+
+    def step(state, x, product, shared):
+        state = ops.tanh(product("own", ops.where(x[1], product("common", state), state)) + x[0] * shared["s"])
+        return state, state * state
+
+    def call(body):
+        def run(x, *weights):
+            h = 2 * x[:, 0] + 1  # one argument comes of another
+            if name == "recurrence":
+                inputs = ops.swapaxes(x, 0, 1), ops.swapaxes(mask, 0, 1)[..., None]
+                weights = {"common": weights[0][:, :2], "own": ops.reshape(weights[1][:, :4], (2, 2, 2))}
+                return body(step, h, inputs, weights, {"s": h}, **options)
+            outputs, last = body(x, (h, h) if name == "lstm" else h, *weights, mask=mask, **options)
+            return outputs, *(last if name == "lstm" else [last])
+
+        return run
+
+    width = 8 if name == "lstm" else 6
+    shapes = [(2, 3, 2), (2, width), (2, width)] + [(width,)] * (name != "recurrence")
+    values = [random(*shape, seed=i) / 3 for i, shape in enumerate(shapes)]
+    expected = penalty_gradients(call(getattr(reference, name)), *values)
+    for jit in (False, True) if keras.backend.backend() == "tensorflow" and "reset_after" in options else (False,):
+        assert_close(penalty_gradients(call(getattr(kernels, name)), *values, jit=jit), expected, 1e-5)
 
 
 def test_a_recurrence_whose_weight_alone_is_trained():

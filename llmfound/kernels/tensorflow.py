@@ -125,7 +125,7 @@ def recurrence(step, state, inputs, weights, shared=(), reverse=False):
     """
     nests = state, inputs, weights, shared
     shapes = {}  # filled by the forward pass
-    flat = [tf.convert_to_tensor(x) for x in keras.tree.flatten(nests)]
+    flat = [tf.identity(x) for x in keras.tree.flatten(nests)]  # else one that comes twice would count for both
 
     @tf.custom_gradient
     def run(*flat):
@@ -134,10 +134,15 @@ def recurrence(step, state, inputs, weights, shared=(), reverse=False):
         shapes["result"] = result
 
         def gradient(*gradients):
-            gradients = keras.tree.pack_sequence_as(result, gradients)
-            return keras.tree.flatten(_back(step, inputs, weights, shared, reverse, kept, gradients))
+            nest = keras.tree.pack_sequence_as(result, gradients)
+            found = keras.tree.flatten(_back(step, inputs, weights, shared, reverse, kept, nest))
+            return _differentiable(plain, flat, gradients, found)
 
         return keras.tree.flatten(result), gradient
+
+    def plain(*flat):
+        state, inputs, weights, shared = keras.tree.pack_sequence_as(nests, flat)
+        return keras.tree.flatten(_forth(step, state, inputs, weights, shared, reverse)[0])
 
     flat = run(*flat)
     return keras.tree.pack_sequence_as(shapes["result"], flat)
@@ -218,6 +223,36 @@ def _back(step, inputs, weights, shared, reverse, kept, gradients):
     return of_state, of_inputs, of_weights, of_shared
 
 
+def _differentiable(body, tensors, gradients, found):
+    """What was `found` as gradients of the tensors, to be differentiated as those of body(*tensors): `_back` takes
+    for constants what the way there has kept.
+
+    Args:
+        body: function of the tensors that returns a list of tensors.
+        tensors: list of tensors; of those that hold no floats, what was found is left as it is.
+        gradients: list of tensors, of the results.
+        found: list of tensors, as long as `tensors`.
+    """
+    learnt = [i for i, x in enumerate(tensors) if x.dtype.is_floating]
+
+    @tf.custom_gradient
+    def run(*_):
+        def second(*upstream):
+            sources = [*[tensors[i] for i in learnt], *gradients]
+            with tf.GradientTape(watch_accessed_variables=False) as outer:
+                outer.watch(sources)
+                with tf.GradientTape(watch_accessed_variables=False) as inner:
+                    inner.watch(sources)
+                    results = body(*tensors)
+                first = inner.gradient(results, sources[: len(learnt)], gradients, "zero")
+            return outer.gradient(first, sources, upstream, "zero")
+
+        return [tf.identity(found[i]) for i in learnt], second
+
+    result = dict(zip(learnt, run(*[tensors[i] for i in learnt], *gradients)))
+    return [result.get(i, x) for i, x in enumerate(found)]
+
+
 @tf.custom_gradient
 def _known(left, zero, weight, value):
     """The product left weight + zero, whose value is known."""
@@ -245,7 +280,8 @@ def _stack(array, inputs):
 
 
 def _loop(count, body, variables):
-    return tf.while_loop(lambda i, *_: i < count, lambda i, v: (i + 1, body(*v)), (0, variables))[1]
+    """Its end is known beforehand: without that, XLA cannot differentiate it."""
+    return tf.while_loop(lambda *_: True, body, variables, maximum_iterations=count)
 
 
 def gru(x, state, kernel, recurrent_kernel, bias=None, recurrent_bias=None, mask=None, reverse=False,

@@ -199,6 +199,23 @@ class _CrossEntropy(torch.autograd.Function):
         return found, None, None
 
 
+def _differentiable(body, tensors, needed, gradients):
+    """The gradients of the tensors that need one, None for the others, by autograd, which can differentiate them again.
+
+    Args:
+        body: function of the tensors, whose result is a nest of tensors.
+        tensors: list of tensors or None.
+        needed: list of bool.
+        gradients: list of tensors, of the result's leaves.
+    """
+    tensors = [None if x is None else x.view_as(x) for x in tensors]  # one may come of another, which is not asked for
+    pairs = [(x, g) for x, g in zip(keras.tree.flatten(body(*tensors)), gradients) if x.requires_grad]
+    learnt = [x for x, n in zip(tensors, needed) if n]
+    results, gradients = zip(*pairs)
+    found = iter(torch.autograd.grad(results, learnt, gradients, create_graph=True, allow_unused=True))
+    return [next(found) if n else None for n in needed]
+
+
 def _chunks(logits, labels, *others):
     """Rows of logits that a cache holds, 1 MB, with their labels, (rows, 1), and their rows of the others."""
     rows = max(1, 2**18 // logits.shape[-1])
@@ -386,11 +403,17 @@ class _Recurrence(torch.autograd.Function):
             result = keras.tree.flatten(loop)
         shapes["result"] = loop
         ctx.kept = nests, copies, factors, products, result
+        ctx.again = step, nests, reverse
+        ctx.save_for_backward(*tensors)
         return tuple(x.detach() for x in result)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
+        if torch.is_grad_enabled():  # someone will differentiate the gradient
+            step, nests, reverse = ctx.again
+            loop = lambda *x: reference.recurrence(step, *keras.tree.pack_sequence_as(nests, x), reverse)  # noqa: E731
+            found = _differentiable(loop, ctx.saved_tensors, ctx.needs_input_grad[4:], gradients)
+            return None, None, None, None, *found
         if ctx.kept is None:
             raise RuntimeError("The gradient of this recurrence was taken before; call the model again.")
         nests, copies, factors, products, result = ctx.kept
@@ -483,15 +506,19 @@ class _GRU(torch.autograd.Function):
             states[t] = following if mask is None else torch.where(mask[t], following, h)
             h = states[t]
         ctx.options = reverse, after, new
-        ctx.save_for_backward(x, state, kernel, recurrent, gates, inner, states, mask)
-        ctx.has_bias = bias is not None, recurrent_bias is not None
+        ctx.save_for_backward(x, state, kernel, recurrent, bias, recurrent_bias, mask, gates, inner, states)
         return states.transpose(0, 1), h.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, of_outputs, of_last):
         reverse, after, new = ctx.options
-        x, state, kernel, recurrent, gates, inner, states, mask = ctx.saved_tensors
+        *arguments, gates, inner, states = ctx.saved_tensors
+        x, state, kernel, recurrent, bias, recurrent_bias, mask = arguments
+        if torch.is_grad_enabled():  # someone will differentiate the gradient
+            keep, update = None if mask is None else mask[..., 0].t(), "new" if new else "old"
+            loop = lambda *x: reference.gru(*x, keep, reverse, after, update)  # noqa: E731
+            found = _differentiable(loop, arguments[:-1], ctx.needs_input_grad[3:-1], (of_outputs, of_last))
+            return None, None, None, *found, None
         length, batch, n = states.shape
         first = state.unsqueeze(0)
         before = torch.cat([states[1:], first] if reverse else [first, states[:-1]])
@@ -538,9 +565,9 @@ class _GRU(torch.autograd.Function):
             of_kernel = x.transpose(0, 1).reshape(rows, -1).t() @ flat
             if ctx.needs_input_grad[3]:
                 of_x = (flat @ kernel.t()).view(length, batch, -1).transpose(0, 1)
-        of_bias = flat.sum(0) if ctx.has_bias[0] else None
+        of_bias = flat.sum(0) if bias is not None else None
         of_recurrent_bias = None
-        if ctx.has_bias[1]:
+        if recurrent_bias is not None:
             of_recurrent_bias = torch.cat([flat[:, : 2 * n].sum(0), of_candidates.sum(0)])
         return None, None, None, of_x, dh, of_kernel, of_recurrent, of_bias, of_recurrent_bias, None
 
@@ -647,10 +674,8 @@ class _AdditiveScores(torch.autograd.Function):
     def backward(ctx, gradient):
         needs_query, needs_keys, needs_scale = ctx.needs_input_grad
         if torch.is_grad_enabled():  # someone will differentiate the gradient
-            learnt = [x for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad) if needed]
-            scores = reference.additive_scores(*ctx.saved_tensors)
-            found = iter(torch.autograd.grad(scores, learnt, gradient, create_graph=True))
-            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+            body = reference.additive_scores
+            return tuple(_differentiable(body, ctx.saved_tensors, ctx.needs_input_grad, [gradient]))
         dtypes = [x.dtype for x in ctx.saved_tensors]
         query, keys, scale = _wide(*ctx.saved_tensors)
         gradient = gradient.to(scale.dtype)
