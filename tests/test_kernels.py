@@ -462,6 +462,27 @@ def test_clip_gradients_of_two_dtypes_and_of_zeros(body):
     assert not numpy(body([ops.zeros((3,))], 1.0)[0]).any()
 
 
+@pytest.mark.parametrize("body", bodies("clip_gradients"))
+def test_clip_gradients_leaves_the_callers_as_they_are(body):
+    shared, row = ops.convert_to_tensor(random(3)), ops.convert_to_tensor(random(2, seed=1))
+    arrays = [numpy(shared).copy(), numpy(shared).copy(), np.tile(numpy(row), (4, 1))]
+    norm = np.sqrt(sum((x**2).sum() for x in arrays))
+    found = body([shared, shared, ops.broadcast_to(row, (4, 2))], 0.5, variables_of(*arrays))
+    assert_close(found, [x * 0.5 / norm for x in arrays], 1e-6)
+    assert_close(shared, arrays[0], 0)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the other backends keep no gradients with variables")
+def test_clip_gradients_of_the_variables_own_takes_no_memory():
+    variables = variables_of(random(3), random(2, 4, seed=1))
+    for variable in variables:
+        variable.value.grad = ops.ones(variable.shape)
+    gradients = [variable.value.grad for variable in variables]
+    found = kernels.clip_gradients(gradients[1:], 0.5, variables)
+    assert found[0] is gradients[1]
+    assert_close(gradients, [np.ones(3), np.full((2, 4), 0.5 / 8**0.5)], 1e-6)
+
+
 def variables_of(*arrays):
     return [keras.Variable(array) for array in arrays]
 

@@ -210,12 +210,13 @@ def adam_update(
         variable.assign((variable * ops.cast(kept, variable.dtype) if weight_decay else variable) - change)
 
 
-def clip_gradients(gradients, norm):
+def clip_gradients(gradients, norm, variables=()):
     """Gradients times norm / n if n, the norm of them all together, is larger; NaN or infinite, they become NaN.
 
     Args:
-        gradients: list of float tensors, used up.
+        gradients: list of float tensors.
         norm: float, above 0.
+        variables: list of variables; where a framework keeps gradients with them, those may be used up.
 
     Returns:
         list of float tensors.

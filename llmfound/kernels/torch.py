@@ -233,8 +233,11 @@ def adam_update(
     epsilon = epsilon / (1 - beta_2 ** float(step)) ** 0.5
     for row in zip(variables, momentums, velocities, gradients):
         *values, gradient = *(x.value for x in row[:3]), row[3]
+        for moment in values[1:]:
+            if moment.stride() != values[0].stride():  # once, as it is made
+                moment.data = _laid_as(values[0], moment)
         key = values[0].dtype, values[0].device
-        alike.setdefault(key, []).append([*values, gradient.to(values[0].dtype)])
+        alike.setdefault(key, []).append([*values, _laid_as(values[0], gradient.to(values[0].dtype))])
     for rows in alike.values():
         values, first, second, found = map(list, zip(*rows))
         with torch.no_grad():
@@ -244,13 +247,25 @@ def adam_update(
             )  # fmt: skip
 
 
-def clip_gradients(gradients, norm):
-    """In place, and all in a few calls, where Keras makes four for each and a copy of them all."""
+def _laid_as(value, x):
+    """x with its numbers in the order that value has in memory, which is all that torch's fused update looks at."""
+    return x if x.stride() == value.stride() else torch.empty_like(value, dtype=x.dtype).copy_(x)
+
+
+def clip_gradients(gradients, norm, variables=()):
+    """All in a few calls, where Keras makes four for each; in place, without a copy, if all are the variables' own.
+
+    So `fit` has them. Others are the caller's, and may share their memory.
+    """
     gradients = list(gradients)
+    places = set(map(id, gradients))
+    own = len(places) == len(gradients) and places <= {id(variable.value.grad) for variable in variables}
     with torch.no_grad():
         wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
         found = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, wide)))
         scale = torch.clamp(norm / found, max=1.0) + (found - found)
+        if not own:
+            return list(torch._foreach_mul(gradients, scale))
         torch._foreach_mul_(gradients, scale)
     return gradients
 

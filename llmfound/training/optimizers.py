@@ -21,7 +21,7 @@ class _Fused:
     def _clip_gradients(self, grads):
         if keras.backend.backend() != "torch" or self.clipnorm or not self.global_clipnorm:
             return super()._clip_gradients(grads)
-        return kernels.clip_gradients(grads, self.global_clipnorm)
+        return kernels.clip_gradients(grads, self.global_clipnorm, self._trainable_variables)
 
     def _at_once(self):
         """Whether one call updates and decays all: two hundred took a tenth of the time of a small BERT's step."""

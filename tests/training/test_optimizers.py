@@ -68,6 +68,35 @@ def test_every_step_equals_that_of_keras(ours, options):
     assert np.abs(path[-1][0] - path[0][0]).max() > 1e-4  # for equal is not enough: it must move
 
 
+@pytest.mark.parametrize("options", [{}, dict(global_clipnorm=0.5)], ids=["unclipped", "clipped"])
+def test_gradients_that_share_memory_count_once_each_and_stay(options):
+    shared, row = ops.convert_to_tensor(fixture("shared", (3,)).astype("float32")), ops.ones(3)
+    weights = []
+    for make in (Adam, keras.optimizers.Adam):
+        found = [*variables(), keras.Variable(np.zeros(3, "float32"), name="other")]
+        optimizer = make(0.1, epsilon=1.0, **options)
+        optimizer.build(found)
+        optimizer.apply([ops.broadcast_to(row, (4, 3)), shared, shared], found)
+        weights.append([numpy(v) for v in found])
+    assert_close(*weights, 1e-6)
+    assert_close([shared, row], [fixture("shared", (3,)), np.ones(3)], 1e-7)
+
+
+@pytest.mark.parametrize("transposed", ["gradient", "variable", "both"])
+def test_the_order_of_numbers_in_memory_does_not_matter(transposed):
+    turned = lambda x: ops.transpose(ops.convert_to_tensor(np.ascontiguousarray(x.T)))  # noqa: E731
+    value, gradient = fixture("value", (4, 3)).astype("float32"), fixture("gradient", (4, 3)).astype("float32")
+    weights = []
+    for make in (Adam, keras.optimizers.Adam):
+        v = keras.Variable(turned(value) if transposed != "gradient" else value, name="kernel")
+        optimizer = make(0.1, epsilon=1.0)
+        optimizer.build([v])
+        for _ in range(3):
+            optimizer.apply([turned(gradient) if transposed != "variable" else ops.convert_to_tensor(gradient)], [v])
+        weights.append([numpy(v), *map(numpy, optimizer.variables[2:])])
+    assert_close(*weights, 1e-6)
+
+
 def test_a_run_of_the_paper_equals_the_equations():
     """Kingma and Ba 2015, section 2, in float64, with the rate and the settings of Vaswani et al. 2017."""
     w = [numpy(v).astype("float64") for v in variables()]
