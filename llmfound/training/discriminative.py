@@ -128,12 +128,16 @@ class Discriminative:
         variables = self._trainable_variables if trainable_variables is None else trainable_variables
         # A group that is not trained may have no gradients, on PyTorch.
         pairs = [(g, v) for g, v in zip(grads, variables) if g is not None or kernels.differentiate(v)]
-        if self.clipnorm or self.global_clipnorm or self.gradient_accumulation_steps:
-            on = self._rates() > 0
+        accumulated = self.gradient_accumulation_steps
+        if self.clipnorm or self.global_clipnorm or accumulated:
+            # An update's rate is that of its last batch: the schedule's may be 0 at others, which count all the same.
+            on = (self._factors() if accumulated else self._rates()) > 0
             pairs = [(g if g is None else ops.where(on[self._group_of(v)], g, 0), v) for g, v in pairs]
-        on = ops.cast(self._rates() > 0, "float32")
+        counts = ops.cast(self._rates() > 0, "float32")
+        if accumulated:
+            counts *= accumulated * ops.cast((self._iterations + 1) % accumulated == 0, "float32")
         super().apply(*zip(*pairs))
-        self.group_steps.assign_add(on)
+        self.group_steps.assign_add(counts)
 
     def update_step(self, gradient, variable, learning_rate):
         group = self._group_of(variable)

@@ -147,6 +147,36 @@ def test_averages_and_accumulation_work_as_in_the_plain_optimizer(options):
     assert_close(found, run(Adam(0.1, **options), theirs, range(6)), 1e-6)
 
 
+@keras.saving.register_keras_serializable("tests")
+class Late(keras.optimizers.schedules.LearningRateSchedule):
+    """0 for some steps, then 0.1."""
+
+    def __init__(self, start):
+        self.start = start
+
+    def __call__(self, step):
+        return ops.where(ops.cast(step, "int32") < self.start, 0.0, 0.1)
+
+    def get_config(self):
+        return {"start": self.start}
+
+
+@pytest.mark.parametrize("optimizer_class", [DiscriminativeSGD, DiscriminativeAdam])
+def test_a_batch_at_which_the_schedule_is_0_is_part_of_its_update(optimizer_class):
+    ours, theirs = variables(), variables()
+    options = dict(gradient_accumulation_steps=4)
+    found = run(optimizer_class(Late(2), groups=[[v] for v in ours], decay=1.0, **options), ours, range(8))
+    assert_close(found, run(PLAIN[optimizer_class](Late(2), **options), theirs, range(8)), 1e-6)
+
+
+def test_an_update_at_a_rate_of_0_is_not_counted():
+    ours, theirs = variables(), variables()
+    optimizer = DiscriminativeAdam(Late(2), groups=[ours], gradient_accumulation_steps=2)
+    found = run(optimizer, ours, range(6))[-1]
+    assert_close(found, run(Adam(0.1, gradient_accumulation_steps=2), theirs, range(2, 6))[-1], 1e-6)
+    assert_close(optimizer.group_steps, np.array([4]), 0)
+
+
 # Inside fit
 
 
