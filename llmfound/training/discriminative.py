@@ -20,7 +20,8 @@ class Discriminative:
     step, so that Adam's bias correction begins when the group does. `train` sets which groups have a rate, between any
     two steps, and no step is compiled anew for it. Moments are what the optimizer makes for each variable with
     `add_variable_from_reference`: the row and column statistics of Adafactor, made otherwise, move on in a group that
-    waits.
+    waits, and so does the bias correction of Nadam, one number for all groups, which a group that begins late finds as
+    it is.
 
     It comes before an optimizer of Keras in a class of both, as in DiscriminativeAdam; so for others:
 
