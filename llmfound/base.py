@@ -450,13 +450,19 @@ class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAf
                 optimizer.build(self.trainable_variables)
 
     def make_train_function(self, force=False):
-        """As Keras; after `compile`, each trainable variable gets its gradient again.
+        """As Keras; each trainable variable gets its gradient again, unless the model's own optimizer leaves it out.
 
-        On torch, a fit with GradualUnfreezing that was interrupted leaves some without.
+        On torch, a fit with GradualUnfreezing that was interrupted leaves some without, which other models may share.
         """
         if self.train_function is None:
             for variable in self.trainable_variables:
                 kernels.differentiate(variable, True)
+        elif keras.backend.backend() == "torch":
+            optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+            for variable in getattr(optimizer, "_trainable_variables", ()):
+                waits = hasattr(optimizer, "leaves_out") and optimizer.leaves_out(variable)
+                if variable.trainable and not waits and not kernels.differentiate(variable):
+                    kernels.differentiate(variable, True)
         return super().make_train_function(force)
 
     if keras.backend.backend() == "torch":

@@ -63,6 +63,7 @@ class Discriminative:
         self._groups = _Untracked(groups)
         self._slots = _Untracked({})  # key of a variable: the optimizer's variables that go with it
         self._updating = None  # the group of the variable that update_step is at
+        self._waiting = _Untracked(frozenset())  # the groups that `train` has left out
         self.group_ratios = self.add_variable((count,), keras.initializers.Constant(ratios), name="group_ratios")
         self.group_steps = self.add_variable((count,), "zeros", name="group_steps")
         self.scale = self.add_variable((), "ones", name="scale")
@@ -107,8 +108,13 @@ class Discriminative:
         on[wanted] = 1
         self.group_ratios.assign(on * np.array(self.ratios, "float32"))
         if self.built:
+            self._waiting.value = frozenset(np.flatnonzero(on == 0).tolist())
             for variable in self._trainable_variables:
-                kernels.differentiate(variable, bool(on[self._group_of(variable)]))
+                kernels.differentiate(variable, not self.leaves_out(variable))
+
+    def leaves_out(self, variable):
+        """Whether `train` has left out the group of a variable, which so needs no gradient; bool."""
+        return bool(self._waiting.value) and self._group_of(variable) in self._waiting.value
 
     def build(self, variables):
         if self.built:

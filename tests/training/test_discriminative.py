@@ -332,6 +332,29 @@ def test_all_layers_train_after_a_fit_that_was_interrupted(then):
     assert all((old != new).any() for old, new in zip(before, model.get_weights()))
 
 
+class Sharing(Ours):
+    def __init__(self, other, **kwargs):
+        super().__init__(**kwargs)
+        self.a = other.a
+
+
+@pytest.mark.parametrize("step", ["fit", "train_on_batch"])
+def test_a_model_that_shares_layers_trains_them_after_a_fit_that_was_interrupted(step):
+    model, x, y = Ours(), {"ids": np.arange(4)}, np.ones((4, 2), "float32")
+    other = Sharing(model)
+    other.compile("sgd", "mse")
+    other.train_on_batch(x, y)
+    model.compile(DiscriminativeSGD(0.1, groups=model.layer_groups()), "mse")
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(x, y, verbose=0, callbacks=[GradualUnfreezing(verbose=False), Interrupt()])
+    before = other.get_weights()
+    getattr(other, step)(x, y)
+    assert all((old != new).any() for old, new in zip(before, other.get_weights()))
+    before = model.get_weights()
+    model.fit(x, y, verbose=0)  # its own groups wait as they did
+    assert [bool((old != new).any()) for old, new in zip(before, model.get_weights())] == [False, True, True]
+
+
 def test_a_group_without_a_variable_to_train_keeps_its_place(tmp_path, capsys):
     model = keras.Sequential([keras.Input((2,)), *[keras.layers.Dense(2, name=name) for name in ("low", "mid", "top")]])
     model.layers[1].trainable = False
