@@ -8,6 +8,9 @@ from keras import ops
 
 from llmfound.training.unfreezing import optimizer_with
 
+_Constant = keras.initializers.Constant
+_LOSSES = 256  # that are kept one by one
+
 
 @keras.saving.register_keras_serializable("llmfound")
 class ASGD(keras.optimizers.SGD):
@@ -31,6 +34,11 @@ class ASGD(keras.optimizers.SGD):
         self.averaged_steps = self.add_variable((), "zeros", name="averaged_steps")
         self.scale = self.add_variable((), "ones", name="scale")
         self._swapped = self.add_variable((), "zeros", name="swapped")
+        # Of NonMonotonicTrigger, which a run that goes on takes up: losses, the last one at the end, the least of those
+        # before, and the epoch after which it fired.
+        self.losses = self.add_variable((_LOSSES,), _Constant(np.inf), "float32", name="losses")
+        self.least = self.add_variable((), _Constant(np.inf), "float32", name="least")
+        self.fired = self.add_variable((), _Constant(-1), "float32", name="fired")
 
     @property
     def averages(self):
@@ -105,8 +113,11 @@ class NonMonotonicTrigger(keras.callbacks.Callback):
     EarlyStopping keep is what was validated. Source: Merity, Keskar, Socher 2018, section 3, algorithm 1, in the form
     of the authors' code.
 
+    Its losses are kept with the optimizer, so that a `fit` that goes on, from a file or with `initial_epoch`, compares
+    with those before; one that begins at epoch 0 forgets them. keras.callbacks.BackupAndRestore comes after it.
+
     Args:
-        n: int, epochs that are not compared with; 5 in the paper.
+        n: int, epochs that are not compared with, at most 256; 5 in the paper.
         monitor: str, the logged value.
         stop: whether to end the training when it fires, in place of averaging: the paper's fine-tuning, which averages
             from its first step on, ends so.
@@ -116,27 +127,42 @@ class NonMonotonicTrigger(keras.callbacks.Callback):
         fired: int, the epoch, from 0, after which it did; None before.
 
     Raises:
-        ValueError: if `n` is negative; in `fit`, if the optimizer is not ASGD, or `monitor` is not logged. Of a
-            validation that an epoch did not have, as with validation_freq=2, a warning tells once.
+        ValueError: if `n` is negative or above 256; in `fit`, if the optimizer is not ASGD, or `monitor` is not logged.
+            Of a validation that an epoch did not have, as with validation_freq=2, a warning tells once.
     """
 
     def __init__(self, n=5, monitor="val_loss", stop=False, verbose=True):
         super().__init__()
-        if n < 0:
-            raise ValueError(f"n must not be negative; got {n}.")
+        if n < 0 or n > _LOSSES:
+            raise ValueError(f"n must not be negative, nor above {_LOSSES}; got {n}.")
         self.n = n
         self.monitor = monitor
         self.stop = stop
         self.verbose = verbose
 
     def on_train_begin(self, logs=None):
-        self.fired = None
-        self.values, self.warned = [], False
+        self.begun = self.warned = False
         self._show(means=False)  # after a validation that was interrupted
 
     def on_epoch_begin(self, epoch, logs=None):
         self.validated = False
+        self._begin(epoch)
         self._show(means=False)
+
+    def _begin(self, epoch):
+        """Forgets another fit's losses; not as it begins, when a callback may still load this one's."""
+        if not self.begun and epoch == 0:
+            optimizer = optimizer_with(self.model, "start_averaging", "NonMonotonicTrigger")
+            optimizer.losses.assign(np.full(_LOSSES, np.inf, "float32"))
+            optimizer.least.assign(np.inf)
+            optimizer.fired.assign(-1.0)
+        self.begun = True
+
+    @property
+    def fired(self):
+        optimizer = optimizer_with(self.model, "start_averaging", "NonMonotonicTrigger")
+        epoch = int(ops.convert_to_numpy(optimizer.fired))
+        return None if epoch < 0 else epoch
 
     def on_test_begin(self, logs=None):
         self.validated = True
@@ -159,12 +185,17 @@ class NonMonotonicTrigger(keras.callbacks.Callback):
                 )
             self.warned = True
             return
-        if self.fired is None and value > min(self.values[: -self.n or None], default=float("inf")):
-            self.fired = epoch
+        self._begin(epoch)
+        optimizer = optimizer_with(self.model, "start_averaging", "NonMonotonicTrigger")
+        value = np.float32(value)  # as it is kept
+        losses, least = np.array(ops.convert_to_numpy(optimizer.losses)), ops.convert_to_numpy(optimizer.least)
+        if self.fired is None and value > np.fmin.reduce(losses[: _LOSSES - self.n], initial=least):
+            optimizer.fired.assign(float(epoch))
             if self.stop:
                 self.model.stop_training = True
             else:
-                optimizer_with(self.model, "start_averaging", "NonMonotonicTrigger").start_averaging()
+                optimizer.start_averaging()
             if self.verbose:
                 print(f"epoch {epoch + 1}: {'stops' if self.stop else 'averages the weights from here on'}", flush=True)
-        self.values.append(float(value))
+        optimizer.least.assign(np.fmin(least, losses[0]))
+        optimizer.losses.assign(np.append(losses[1:], value))
