@@ -162,7 +162,8 @@ class LSTM(Recomputed, Configured, _Native, layers.LSTM):
     recurrent_dropout, unroll, or other activations, and with cuDNN on the GPU of another backend than PyTorch. There,
     torch's own LSTM runs, oneDNN's or cuDNN's. Before the first real position the output is the initial state on every
     backend; Keras has zeros there on two of them. With stateful=True it can be trained on PyTorch, too; on JAX, the
-    compiled steps of Keras 3.15.1 carry no state.
+    compiled steps of Keras 3.15.1 carry no state. jax.jvp and the transforms of torch.func refuse the native loops;
+    with LLMFOUND_KERNELS=reference in the environment they work.
     Source: Hochreiter and Schmidhuber 1997; weight dropout, Merity, Keskar, Socher 2018, section 2.
 
     Args:

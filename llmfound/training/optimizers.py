@@ -90,7 +90,8 @@ class BERTAdam(AdamW):
     """Adam as BERT was trained with it: without bias correction, and no decay of biases and layer norms.
 
     w = w - rate (m / (sqrt(v) + epsilon) + weight_decay w), after all gradients are scaled to a norm of at most 1
-    Without the correction, first steps are larger: the very first is 3.16 rate in every weight.
+    Without the correction, first steps are larger: the very first is 3.16 rate in every weight. Under
+    tf.distribute.MirroredStrategy, Keras (3.15.1) clips each replica's gradients before it adds them up.
     Source: Devlin et al. 2019, appendix A.2 (which names none of this); the authors' code.
 
     Arguments as in AdamW, but `amsgrad`.
