@@ -58,7 +58,7 @@ format: $(STAMPS)/dev
 	$(VENV)/bin/ruff format .
 
 bench: setup $(PEERS)/stamp
-	for script in transformer_step bert_step bert_classifier_step bert_inference greedy_decode recurrent_step additive_attention ulmfit_step kernels; do \
+	for script in transformer_step bert_step bert_classifier_step recomputation bert_inference greedy_decode recurrent_step additive_attention ulmfit_step kernels; do \
 	  $(VENV)/bin/python benchmarks/$$script.py --peer-python $(PEERS)/bin/python || exit 1; done
 
 clean:
