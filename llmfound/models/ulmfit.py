@@ -339,7 +339,7 @@ class Ensemble(Model):
 
     @property
     def pad_id(self):
-        return self.classifiers[0].pad_id
+        return getattr(self.classifiers[0], "pad_id", None)
 
     def input_signature(self):
         return self.classifiers[0].input_signature()
