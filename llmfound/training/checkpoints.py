@@ -102,13 +102,14 @@ class Checkpoints(keras.callbacks.Callback):
             partial.unlink()
         self.epoch = self.first_epoch = None  # `epoch` and `batch` are the place of the next batch
         self.batch = self.done = self.saved_at = self.skip = 0
-        self.last, self.written = None, False  # the state at the end of an epoch; whether a stop within one is on disk
+        self.last, self.written = None, False  # the state at the end; whether a stop within an epoch is on disk
         self.within = {}  # arrays of a checkpoint within an epoch, to load before the first step
         self.fitted._initial_epoch = None  # what Keras's own BackupAndRestore sets; `fit` looks at it after this
         if self.fitted.built and not self.fitted.optimizer.built:  # inside a step, TensorFlow gives other paths
             self.fitted.optimizer.build(self.fitted.trainable_variables)
         if self.paths:
             self._resume()
+        self._watch_end()
         self.saved_time = time.monotonic()
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -119,7 +120,7 @@ class Checkpoints(keras.callbacks.Callback):
             )
         self.first_epoch = self.fitted._initial_epoch = None
         self.epoch, self.batch = epoch, 0
-        self.last, self.written = None, False
+        self.written = False
         if self._due():
             self._save()
 
@@ -144,14 +145,31 @@ class Checkpoints(keras.callbacks.Callback):
             self._save_stop()
         else:
             self.epoch, self.batch = epoch + 1, 0
-            if _ends_elsewhere(self.fitted.optimizer):
-                self.last = self._state()
         self.skip = 0
 
     def on_train_end(self, logs=None):
         self.fitted._initial_epoch = None
+        vars(self.fitted.optimizer).pop("finalize_variable_values", None)
         if self.done and not self.written:
             self._write(*(self.last or self._state()))
+
+    def _watch_end(self):
+        """Keeps the state at the end of the last epoch, if then the mean of the weights takes their place.
+
+        Training would not go on from that as it was, and Keras calls us only after it.
+        """
+        optimizer = self.fitted.optimizer
+        vars(optimizer).pop("finalize_variable_values", None)  # of a run that was interrupted
+        finalize = optimizer.finalize_variable_values
+        if not optimizer.use_ema and finalize.__func__ is keras.optimizers.Optimizer.finalize_variable_values:
+            return
+
+        def keep_and_finalize(variables):
+            if self.done and not self.batch:  # no epoch is interrupted, as JAX calls this then, too
+                self.last = self._state()
+            finalize(variables)
+
+        optimizer.finalize_variable_values = keep_and_finalize
 
     def _stopped(self):
         """Whether training stops within the epoch."""
@@ -350,12 +368,6 @@ def model_variables(model):
 def _training_variables(model):
     optimizer = model.optimizer
     return model_variables(model) | _named(f"optimizer/{type(optimizer).__name__}", optimizer.variables)
-
-
-def _ends_elsewhere(optimizer):
-    """Whether the end of `fit` replaces the weights, by their mean, from which training would not go on as it was."""
-    same = type(optimizer).finalize_variable_values is keras.optimizers.Optimizer.finalize_variable_values
-    return optimizer.use_ema or not same
 
 
 def _global_generators():

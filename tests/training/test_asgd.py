@@ -163,7 +163,7 @@ def test_a_run_goes_on_from_its_checkpoint_exactly(tmp_path, batch):
         assert_close(fit("run"), fit("whole"), 0)
 
 
-@pytest.mark.parametrize("way", ["Checkpoints", "BackupAndRestore", "initial_epoch"])
+@pytest.mark.parametrize("way", ["Checkpoints", "BackupAndRestore", "initial_epoch", "more epochs"])
 def test_a_run_that_goes_on_compares_with_the_losses_before(tmp_path, way):
     class Crash(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -172,11 +172,11 @@ def test_a_run_that_goes_on_compares_with_the_losses_before(tmp_path, way):
 
     def fit(model, x, y, folder, *callbacks, **options):
         trigger = NonMonotonicTrigger(1, verbose=False)
-        first = [Checkpoints(tmp_path / folder, steps=1)] if way == "Checkpoints" else []
+        first = [Checkpoints(tmp_path / folder, steps=1)] if way in ("Checkpoints", "more epochs") else []
         last = [keras.callbacks.BackupAndRestore(tmp_path / folder)] if way == "BackupAndRestore" else []
         options = dict(epochs=6, batch_size=8, validation_data=(x, y), shuffle=False, verbose=0) | options
         model.fit(x, y, callbacks=[*first, trigger, *last, *callbacks], **options)
-        return trigger.fired, model.get_weights()
+        return trigger.fired, numpy(model.optimizer.losses), model.get_weights()
 
     def noisy():
         keras.utils.set_random_seed(0)
@@ -191,6 +191,9 @@ def test_a_run_that_goes_on_compares_with_the_losses_before(tmp_path, way):
     if way == "initial_epoch":
         model.fit(x, y, epochs=3, batch_size=8, validation_data=(x, y), shuffle=False, verbose=0,
                   callbacks=[NonMonotonicTrigger(1, verbose=False)])  # fmt: skip
+    elif way == "more epochs":
+        fit(model, x, y, "run", epochs=3)
+        model = noisy()[0]
     else:
         with pytest.raises(InterruptedError):
             fit(model, x, y, "run", Crash())
@@ -199,7 +202,8 @@ def test_a_run_that_goes_on_compares_with_the_losses_before(tmp_path, way):
         warnings.simplefilter("ignore")  # that Checkpoints has no `data`
         again = fit(model, x, y, "run", initial_epoch=3 if way == "initial_epoch" else 0)
     assert again[0] == whole[0]
-    assert_close(again[1], whole[1], 0)
+    np.testing.assert_array_equal(again[1], whole[1])
+    assert_close(again[2], whole[2], 0)
     model._initial_epoch = None  # which BackupAndRestore leaves behind
     assert fit(model, x, y, "anew", epochs=1)[0] is None
     assert np.isfinite(numpy(model.optimizer.losses)).sum() == 1
