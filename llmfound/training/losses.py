@@ -98,7 +98,10 @@ class SmoothedCrossEntropy(keras.losses.Loss):
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         y_true, y_pred = checked(y_true, y_pred)
-        total = super().__call__(y_true, y_pred, spread(sample_weight, y_true))  # Keras applies its mask to both
+        weight = spread(sample_weight, y_true)
+        if weight is not None:  # of all tokens, and in its own memory: on PyTorch, Keras multiplies the mask into it
+            weight = ops.cast(weight, "float32") * ops.ones_like(y_true, dtype="float32")
+        total = super().__call__(y_true, y_pred, weight)  # Keras applies its mask to both
         return total / ops.maximum(self.count(y_true, y_pred), 1.0)
 
     def call(self, y_true, y_pred):

@@ -127,6 +127,20 @@ def test_weights_of_sequences_in_a_square_batch():
     np.testing.assert_allclose(got, expected_loss(labels, logits, weights=np.array([[1.0], [0.0]])), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 4)])
+def test_weights_beside_a_mask_of_keras(batch, shape):
+    labels, logits = batch
+    weights = np.arange(1, 1 + np.prod(shape), dtype="float32").reshape(shape)
+    given, mask = weights.copy(), np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
+    logits_with_mask = ops.convert_to_tensor(logits)
+    keras.src.backend.set_keras_mask(logits_with_mask, ops.convert_to_tensor(mask))
+    got = SmoothedCrossEntropy(pad_id=None)(labels, logits_with_mask, sample_weight=given)
+    each = weights[:, None] if len(shape) == 1 else weights
+    expected = expected_loss(labels, logits, pad_id=None, weights=each * mask) * mask.size / mask.sum()
+    np.testing.assert_allclose(ops.convert_to_numpy(got), expected, rtol=1e-5)
+    assert (given == weights).all()
+
+
 def test_mask_of_keras_counts_as_padding(batch):
     labels, _ = batch
     token_ids = np.array([[3, 4, 0, 0], [1, 0, 0, 0], [2, 2, 5, 6]], "int32")
