@@ -859,3 +859,32 @@ def test_batches_with_other_padding_than_the_model_are_refused():
     with pytest.raises(ValueError, match="SparseCategoricalCrossentropy leaves out 0"):
         model.evaluate(batches[3], verbose=0)
     assert len(model.predict(batches[3], verbose=0)) == 2
+
+
+def test_padding_is_checked_of_batches_for_bert():
+    texts = ["a b c", "d e"]
+    pieces = ["x", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcde"]
+    wordpiece = llmfound.data.WordPiece.from_vocabulary(pieces)  # pad_id is 1
+    words = [text.split() for text in texts]
+    sizes = dict(num_layers=1, hidden_dim=8, num_heads=2, intermediate_dim=8, max_length=16)
+    bert = llmfound.models.BERT(len(pieces), **sizes)
+    for batches in (
+        llmfound.data.SentenceBatches(texts, None, wordpiece),
+        llmfound.data.TaggingBatches(words, None, wordpiece, classes=["O"]),
+        llmfound.data.ChoiceBatches(texts, [texts] * 2, None, wordpiece),
+    ):
+        with pytest.raises(ValueError, match="with token 1, and BERT was made for pad_id=0"):
+            bert.predict(batches, verbose=0)
+    tagger = llmfound.models.BERTTokenClassifier(llmfound.models.BERT(len(pieces), pad_id=1, **sizes), 2)
+    tags = llmfound.data.TaggingBatches(words, [["O", "B", "O"], ["O", "B"]], wordpiece)
+    loss, accuracy = llmfound.training.SmoothedCrossEntropy, llmfound.training.TokenAccuracy
+    tagger.compile("sgd", loss(0.0, pad_id=-1), metrics=[accuracy()])  # which would leave out O, class 0
+    with pytest.raises(ValueError, match="TaggingBatches fill up labels with -1, and TokenAccuracy leaves out 0"):
+        tagger.fit(tags, verbose=0)
+    tagger.compile("sgd", loss(0.0, pad_id=-1), metrics=[accuracy(pad_id=-1)])
+    tagger.fit(tags, verbose=0)
+    model = llmfound.models.BERTPretraining(llmfound.models.BERT(len(pieces), pad_id=1, **sizes), next_sentence=False)
+    model.compile("sgd", {"masked_lm": loss(0.0, pad_id=1)})
+    hidden = llmfound.data.PretrainingBatches([texts], wordpiece, max_length=8, next_sentence=False)
+    with pytest.raises(ValueError, match="PretrainingBatches fill up labels with 0, and SmoothedCrossEntropy"):
+        model.fit(hidden, verbose=0)

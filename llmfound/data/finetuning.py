@@ -52,6 +52,7 @@ class SentenceBatches(_LikeLengths):
                  shuffle=None, seed=0):  # fmt: skip
         sides = _sides(texts)
         self._inputs, self.cut = _encoded(sides, tokenizer, max_length)
+        self.pad_id = tokenizer.pad_id
         self.labels, self.num_classes = _targets(labels, len(sides[0]), num_classes)
         super().__init__(
             self._inputs.rows.lengths, batch_size, length_multiple, max_length, shuffle, seed, labels is not None
@@ -154,7 +155,7 @@ class TaggingBatches(_LikeLengths):
             tokenizer lacks a special id; or if an argument is out of range. The sentence is named.
     """
 
-    ignore = -1
+    ignore = label_pad_id = -1
 
     def __init__(self, sentences, tags, tokenizer, classes=None, batch_size=32, max_length=128, split_long=False,
                  length_multiple=16, shuffle=None, seed=0):  # fmt: skip

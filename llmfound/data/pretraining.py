@@ -235,6 +235,8 @@ class PretrainingBatches(Passes):
             are not three that add up to 1, a name is unknown, or an argument is out of range.
     """
 
+    label_pad_id = 0  # of places that are not used
+
     def __init__(self, documents, tokenizer, batch_size=32, max_length=128, objective="masked", next_sentence=True,
                  whole_word=False, masking="dynamic", copies=1, max_predictions=None, mask_rate=0.15,
                  shares=(0.8, 0.1, 0.1), short_rate=0.1, seed=0):  # fmt: skip
