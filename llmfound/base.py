@@ -398,12 +398,31 @@ class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAf
                 )
         return x
 
+    def _check_class_weight(self, x, y=None, *args, class_weight=None, **kwargs):
+        """Raises ValueError if a row has several labels: Keras takes the place of the greatest one for its class."""
+        if class_weight is None:
+            return
+        batch = x[0] if isinstance(x, keras.utils.PyDataset) else (x, y)
+        y = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
+        if isinstance(y, dict):
+            found = f"the labels are {', '.join(y)}"
+        else:
+            labels = np.asarray([] if y is None else keras.ops.convert_to_numpy(y))
+            if labels.ndim < 2 or labels.dtype.kind not in "iu" or not np.sort(labels)[..., :-1].any():  # one-hot
+                return
+            found = f"the labels are of shape {labels.shape}"
+        raise ValueError(
+            f"class_weight is for rows of one class each, and {found}. Let the data give each label its weight, as "
+            "(x, y, weights)."
+        )
+
     def fit(self, x=None, *args, **kwargs):
         if getattr(x, "in_order", False):  # batches that go on from each other, which Keras would shuffle
             if kwargs.setdefault("shuffle", False):
                 raise ValueError(f"{type(x).__name__} must be read in order; leave out shuffle={kwargs['shuffle']!r}.")
         self._build_optimizer()
         self.check_padding(x)
+        self._check_class_weight(x, *args, **kwargs)
         return super().fit(self._checked(x), *args, **kwargs)
 
     _exporting = False
@@ -490,6 +509,7 @@ class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAf
 
     def train_on_batch(self, x, *args, **kwargs):
         self._build_optimizer()
+        self._check_class_weight(x, *args, **kwargs)
         return super().train_on_batch(self._checked(x), *args, **kwargs)
 
     def test_on_batch(self, x, *args, **kwargs):

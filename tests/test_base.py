@@ -888,3 +888,28 @@ def test_padding_is_checked_of_batches_for_bert():
     hidden = llmfound.data.PretrainingBatches([texts], wordpiece, max_length=8, next_sentence=False)
     with pytest.raises(ValueError, match="PretrainingBatches fill up labels with 0, and SmoothedCrossEntropy"):
         model.fit(hidden, verbose=0)
+
+
+def test_class_weight_of_rows_with_several_labels_is_refused():
+    """Of which Keras would take the place of the greatest one for the class."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcde"]
+    wordpiece = llmfound.data.WordPiece.from_vocabulary(pieces)
+    bert = llmfound.models.BERT(len(pieces), num_layers=1, hidden_dim=8, num_heads=2, intermediate_dim=8, max_length=16)
+    tagger, loss = llmfound.models.BERTTokenClassifier(bert, 2), llmfound.training.SmoothedCrossEntropy
+    tagger.compile("sgd", loss(0.0, pad_id=-1))
+    tags = llmfound.data.TaggingBatches([["a", "b"], ["c"]], [["O", "B"], ["O"]], wordpiece)
+    x, y = tags[0]
+    weights = {0: 0.1, 1: 1.0}
+    for use, given in ((tagger.fit, (tags,)), (tagger.fit, (x, y)), (tagger.train_on_batch, (x, y))):
+        with pytest.raises(ValueError, match=r"one class each, and the labels are of shape \(2, 16\)"):
+            use(*given, class_weight=weights)
+    model = llmfound.models.BERTPretraining(bert)
+    model.compile("sgd", {"masked_lm": loss(0.0), "next_sentence": loss(0.0, pad_id=None)})
+    hidden = llmfound.data.PretrainingBatches([["a b c", "d e"], ["e d", "a"]], wordpiece, max_length=8)
+    with pytest.raises(ValueError, match="the labels are masked_lm, next_sentence"):
+        model.fit(hidden, class_weight=weights)
+    classifier = llmfound.models.BERTClassifier(bert, 2)
+    classifier.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    classifier.fit(llmfound.data.SentenceBatches(["a", "b c"], [0, 1], wordpiece), class_weight=weights, verbose=0)
+    classifier.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+    classifier.fit(x, np.eye(2, dtype="int32"), class_weight=weights, verbose=0)
