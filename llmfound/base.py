@@ -290,6 +290,24 @@ class _BuiltAfterInit(type(keras.Model)):
         return True
 
 
+class _OneShape(keras.callbacks.Callback):
+    """Ends `predict` at a batch whose outputs it could not join to the others', which Keras would find at its end."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = {}
+
+    def on_predict_batch_end(self, batch, logs=None):
+        for path, x in keras.tree.flatten_with_path(logs):
+            shape = tuple(x.shape)[1:] if hasattr(x, "shape") else None  # of one number Keras makes a float
+            if shape is not None and self.shapes.setdefault(path, shape) != shape:
+                raise ValueError(
+                    f"predict joins what {self.model.name} finds in all batches; in batch {batch} a row is of shape "
+                    f"{shape}, before it of {self.shapes[path]}. Make all batches equally long, as "
+                    "length_multiple=max_length does, or call predict_on_batch with each."
+                )
+
+
 class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAfterInit):
     """A keras.Model whose weights exist as soon as it is constructed, and which checks the ids it is given.
 
@@ -505,6 +523,10 @@ class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAf
                 "shuffle=False."
             )
         self.check_padding(x, labels=False)
+        callbacks = kwargs.get("callbacks")
+        alone = len(args) < 4 and not isinstance(callbacks, keras.callbacks.CallbackList)
+        if alone and keras.backend.backend() != "tensorflow":  # which joins them to a ragged tensor
+            kwargs["callbacks"] = [*keras.tree.flatten(callbacks or []), _OneShape()]
         return super().predict(self._checked(x), *args, **kwargs)
 
     def train_on_batch(self, x, *args, **kwargs):

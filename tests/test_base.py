@@ -913,3 +913,35 @@ def test_class_weight_of_rows_with_several_labels_is_refused():
     classifier.fit(llmfound.data.SentenceBatches(["a", "b c"], [0, 1], wordpiece), class_weight=weights, verbose=0)
     classifier.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
     classifier.fit(x, np.eye(2, dtype="int32"), class_weight=weights, verbose=0)
+
+
+def test_predictions_that_cannot_be_joined_end_at_once():
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcde"]
+    wordpiece = llmfound.data.WordPiece.from_vocabulary(pieces)
+    bert = llmfound.models.BERT(len(pieces), num_layers=1, hidden_dim=8, num_heads=2, intermediate_dim=8, max_length=16)
+    texts = ["a", "b c d e a", "b c"]
+    options = dict(labels=None, tokenizer=wordpiece, batch_size=1, max_length=16)
+    batches = llmfound.data.SentenceBatches(texts, length_multiple=4, **options)
+    expected = [batches[i] for i in range(3)]
+
+    class Count(keras.callbacks.Callback):
+        seen = 0
+
+        def on_predict_batch_begin(self, batch, logs=None):
+            self.seen += 1
+
+    count = Count()
+    if keras.backend.backend() == "tensorflow":
+        assert tuple(bert.predict(batches, verbose=0)["sequence"].shape) == (3, None, 8)
+    else:
+        with pytest.raises(ValueError, match=r"batch 1 a row is of shape \(8, 8\), before it of \(4, 8\)"):
+            bert.predict(batches, verbose=0, callbacks=count)
+        assert count.seen == 2
+    batches = llmfound.data.SentenceBatches(texts, length_multiple=16, **options)
+    found = bert.predict(batches, verbose=0, callbacks=count)
+    assert found["sequence"].shape == (3, 16, 8) and count.seen
+    for i, x in enumerate(expected):
+        assert_close(found["pooled"][i : i + 1], bert.predict_on_batch(x)["pooled"], 1e-5)
+    score = llmfound.models.BERTClassifier(bert, 1)  # whose outputs of one row Keras hands to callbacks as floats
+    batches = llmfound.data.SentenceBatches(texts, length_multiple=4, **options | dict(batch_size=2))
+    assert score.predict(batches, verbose=0).shape == (3, 1)
