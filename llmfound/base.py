@@ -518,9 +518,9 @@ class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAf
 
     def predict(self, x, *args, **kwargs):
         if getattr(x, "order_varies", False):
+            remedy = "make them with shuffle=False" if hasattr(x, "shuffle") else "call predict_on_batch with each"
             raise ValueError(
-                f"{type(x).__name__}: shuffled batches give predictions in an order that nobody knows; make them with "
-                "shuffle=False."
+                f"{type(x).__name__}: shuffled batches give predictions in an order that nobody knows; {remedy}."
             )
         self.check_padding(x, labels=False)
         callbacks = kwargs.get("callbacks")

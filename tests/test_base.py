@@ -945,3 +945,15 @@ def test_predictions_that_cannot_be_joined_end_at_once():
     score = llmfound.models.BERTClassifier(bert, 1)  # whose outputs of one row Keras hands to callbacks as floats
     batches = llmfound.data.SentenceBatches(texts, length_multiple=4, **options | dict(batch_size=2))
     assert score.predict(batches, verbose=0).shape == (3, 1)
+
+
+def test_predictions_of_rows_in_a_changing_order_are_refused():
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcde"]
+    wordpiece = llmfound.data.WordPiece.from_vocabulary(pieces)
+    bert = llmfound.models.BERT(len(pieces), num_layers=1, hidden_dim=8, num_heads=2, intermediate_dim=8, max_length=16)
+    hidden = llmfound.data.PretrainingBatches([["a b c", "d e"], ["e d", "a"]], wordpiece, max_length=8)
+    with pytest.raises(ValueError, match="that nobody knows; call predict_on_batch with each"):
+        llmfound.models.BERTPretraining(bert).predict(hidden)
+    texts = llmfound.data.SentenceBatches(["a", "b"], [0, 1], wordpiece)
+    with pytest.raises(ValueError, match="that nobody knows; make them with shuffle=False"):
+        llmfound.models.BERTClassifier(bert, 2).predict(texts)

@@ -236,6 +236,7 @@ class PretrainingBatches(Passes):
     """
 
     label_pad_id = 0  # of places that are not used
+    order_varies = True
 
     def __init__(self, documents, tokenizer, batch_size=32, max_length=128, objective="masked", next_sentence=True,
                  whole_word=False, masking="dynamic", copies=1, max_predictions=None, mask_rate=0.15,
