@@ -79,7 +79,8 @@ class Progress(keras.callbacks.Callback):
             self.rate, self.rate_at = float(ops.convert_to_numpy(self.model.optimizer.learning_rate)), now
 
     def on_train_batch_end(self, batch, logs=None):
-        now, done = time.monotonic(), self.done_before + batch + 1
+        # With steps_per_execution, `batch` may lie beyond the epoch's last one.
+        now, done = time.monotonic(), self.done_before + min(batch + 1, self.params["steps"] or batch + 1)
         with self.lock:
             if done <= self.done:  # steps that end on two threads may arrive in the wrong order
                 return

@@ -171,6 +171,24 @@ def test_lines_come_at_the_interval_only(clock, capsys):
     assert float(line.split("learning rate ")[1].split()[0]) <= 0.06  # it is not as old as the line before would be
 
 
+def test_an_execution_of_several_steps_may_end_beyond_the_epoch(clock, capsys):
+    """As 3 at a time of 8; by hand, for Keras has no such executions on PyTorch."""
+    progress = Progress(every=1000.0)
+    progress.set_params({"steps": 8, "epochs": 3})
+    progress.set_model(make_model())
+    progress.on_train_begin()
+    for epoch in range(2):
+        progress.on_epoch_begin(epoch)
+        for batch in (0, 3, 6):
+            progress.on_train_batch_begin(batch)
+            clock.advance(30.0)
+            progress.on_train_batch_end(batch + 2)
+        progress.on_epoch_end(epoch)
+    lines = capsys.readouterr().out.splitlines()
+    assert "epoch 1/3  step 8/8" in lines[0] and "epoch 2/3  step 8/8" in lines[1]
+    assert "0.08 steps/s" in lines[1] and lines[1].endswith("0:01:36 left")
+
+
 def test_tokens_are_the_mean_of_the_batches(clock, capsys):
     class Batches(keras.utils.PyDataset):
         tokens_per_epoch = 30
