@@ -104,6 +104,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.batch = self.done = self.saved_at = self.skip = 0
         self.last, self.written = None, False  # the state at the end; whether a stop within an epoch is on disk
         self.within = {}  # arrays of a checkpoint within an epoch, to load before the first step
+        self.between = {}  # weights and means as an epoch ended, until the next one begins
         self.fitted._initial_epoch = None  # what Keras's own BackupAndRestore sets; `fit` looks at it after this
         if self.fitted.built and not self.fitted.optimizer.built:  # inside a step, TensorFlow gives other paths
             self.fitted.optimizer.build(self.fitted.trainable_variables)
@@ -123,6 +124,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.written = False
         if self._due():
             self._save()
+        self.between = {}
 
     def on_train_batch_begin(self, batch, logs=None):
         # At the end of a batch, Keras would wait for the device every time before it called us.
@@ -145,6 +147,7 @@ class Checkpoints(keras.callbacks.Callback):
             self._save_stop()
         else:
             self.epoch, self.batch = epoch + 1, 0
+            self.between = self._weights_and_means()
         self.skip = 0
 
     def on_train_end(self, logs=None):
@@ -195,9 +198,18 @@ class Checkpoints(keras.callbacks.Callback):
         variables = _training_variables(model)
         if self.batch:
             variables |= _named("metrics", model.metrics_variables)
-        arrays = {name: np.array(ops.convert_to_numpy(x), order="C") for name, x in variables.items()}
+        arrays = _copies(variables)
+        arrays |= self.between
         arrays |= {name: module.get_rng_state().numpy() for name, module in _global_generators().items()}
         return int(ops.convert_to_numpy(model.optimizer.iterations)), arrays, self._place()
+
+    def _weights_and_means(self):
+        """Copies, by name, of what keras.callbacks.SwapEMAWeights may exchange until the next epoch begins."""
+        optimizer = getattr(self.fitted.optimizer, "inner_optimizer", self.fitted.optimizer)
+        if not optimizer.use_ema:
+            return {}
+        exchanged = {id(x) for x in (*optimizer._trainable_variables, *optimizer._model_variables_moving_average)}
+        return _copies({name: x for name, x in _training_variables(self.model).items() if id(x) in exchanged})
 
     def _write(self, updates, arrays, place):
         write_checkpoint(self.folder / f"step-{updates:09d}.safetensors", arrays, place)
@@ -363,6 +375,10 @@ def is_checkpoint(path):
 def model_variables(model):
     """The variables of a model, states of random generators included, by the names they have in a checkpoint."""
     return _named("model", model.variables)
+
+
+def _copies(variables):
+    return {name: np.array(ops.convert_to_numpy(x), order="C") for name, x in variables.items()}
 
 
 def _training_variables(model):

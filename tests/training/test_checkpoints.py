@@ -249,6 +249,25 @@ def test_a_run_goes_on_from_the_weights_and_not_from_their_mean(tmp_path, make):
     assert_same(state(run(([longer], 3))), expected)  # finished, and so not trained
 
 
+def test_a_run_goes_on_from_the_weights_that_a_callback_exchanged_for_their_mean(tmp_path):
+    def run(folder, epochs=3, crash=None):
+        keras.utils.set_random_seed(0)
+        model = make_dense(optimizer=Adam(0.1, use_ema=True, ema_momentum=0.5))
+        callbacks = [Checkpoints(folder, steps=6), keras.callbacks.SwapEMAWeights(swap_on_epoch=True), Crash(crash)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*without `data`")
+            model.fit(X, X[:, :2], 2, epochs, 0, callbacks=callbacks, shuffle=False)
+        return state(model)
+
+    expected = run(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "run", crash=13)  # within the third epoch
+    run(tmp_path / "longer", epochs=2)
+    for folder in ("run", "longer"):
+        for name, found in run(tmp_path / folder).items():  # on TensorFlow, Keras exchanges by sums, which round
+            np.testing.assert_allclose(found, expected[name], atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("steps_per_execution", [1] if keras.backend.backend() == "torch" else [1, 3])
 def test_arrays_go_on_too_with_a_warning(tmp_path, steps_per_execution):
     def run(folder, crash=None):
