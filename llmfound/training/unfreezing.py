@@ -108,13 +108,16 @@ class WindowRates(keras.callbacks.Callback):
                 f"WindowRates needs steps_per_execution=1; got {self.model.steps_per_execution}, of which each step "
                 "would have the rate of the first."
             )
+        self.lengths, self.done = (), 0
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.lengths = self.batches.lengths  # made anew at each look
+        if self.done == len(self.lengths):  # with steps_per_epoch, a pass over the text is several epochs
+            self.lengths, self.done = self.batches.lengths, 0
 
     def on_train_batch_begin(self, batch, logs=None):
         optimizer = optimizer_with(self.model, "scale", "WindowRates")
-        optimizer.scale.assign(self.lengths[batch] / self.batches.window)
+        optimizer.scale.assign(self.lengths[self.done] / self.batches.window)
+        self.done += 1
 
     def on_train_end(self, logs=None):
         optimizer_with(self.model, "scale", "WindowRates").scale.assign(1.0)
