@@ -439,7 +439,8 @@ class Model(Recomputed, BuiltByCall, Configured, keras.Model, metaclass=_BuiltAf
             if kwargs.setdefault("shuffle", False):
                 raise ValueError(f"{type(x).__name__} must be read in order; leave out shuffle={kwargs['shuffle']!r}.")
         self._build_optimizer()
-        self.check_padding(x)
+        for batches in (x, kwargs.get("validation_data")):
+            self.check_padding(batches)
         self._check_class_weight(x, *args, **kwargs)
         return super().fit(self._checked(x), *args, **kwargs)
 

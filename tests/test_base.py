@@ -846,6 +846,10 @@ def test_batches_with_other_padding_than_the_model_are_refused():
             ValueError, match="with token 3, and Transformer was made for pad_id=0: make it with pad_id=3"
         ):
             use(batches[3], verbose=0)
+    before = int(model.optimizer.iterations)
+    with pytest.raises(ValueError, match="with token 3"):
+        model.fit(batches[0], validation_data=batches[3], verbose=0)
+    assert int(model.optimizer.iterations) == before  # no epoch is lost
     model = llmfound.models.Transformer(12, 1, 8, 2, 16, pad_id=3)
     loss, metric = llmfound.training.SmoothedCrossEntropy, llmfound.training.Perplexity
     for what, wrong, measured in (("SmoothedCrossEntropy", 0, 3), ("Perplexity", 3, 0)):
