@@ -285,11 +285,17 @@ def differentiate(variable, wanted=None):
 
 def loss_gradients(model, x, y=None, sample_weight=None):
     weights = [variable.value for variable in model.trainable_weights]
-    wanted = [weight for weight in weights if weight.requires_grad]
-    loss = reference.evaluated_loss(model, *reference.as_tensors(x, y, sample_weight))
-    found = dict(zip(map(id, wanted), torch.autograd.grad(loss, wanted, allow_unused=True)))
+    waiting = [weight for weight in weights if not weight.requires_grad]  # of groups that an optimizer leaves out
+    try:
+        for weight in waiting:
+            weight.requires_grad_(True)
+        loss = reference.evaluated_loss(model, *reference.as_tensors(x, y, sample_weight))
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+    finally:
+        for weight in waiting:
+            weight.requires_grad_(False)
     zero = lambda weight, gradient: torch.zeros_like(weight) if gradient is None else gradient  # noqa: E731
-    return [zero(weight, found.get(id(weight))).detach().float().cpu().numpy() for weight in weights]
+    return [zero(weight, gradient).detach().float().cpu().numpy() for weight, gradient in zip(weights, found)]
 
 
 def write(cache, update, position):

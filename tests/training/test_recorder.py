@@ -8,7 +8,7 @@ from keras import ops
 from llmfound import plots
 from llmfound.models import BERT, BERTClassifier, ULMFiT
 from llmfound.testing import assert_close, fixture
-from llmfound.training import NormRecorder
+from llmfound.training import DiscriminativeSGD, NormRecorder
 
 X, Y = fixture("x", (12, 3)).astype("float32"), fixture("y", (12, 1)).astype("float32")
 
@@ -44,6 +44,21 @@ def test_norms_are_those_of_the_model_before_and_after():
         np.testing.assert_allclose(recorder.gradients[place], gradients, rtol=1e-4)
         np.testing.assert_allclose(recorder.activations[place], activations, rtol=1e-5)
     assert set(history.history) == {"loss", "mae"}
+
+
+def test_layers_that_wait_have_gradients_too():
+    """Which PyTorch does not compute for the steps of training."""
+    model, recorder = linear(), NormRecorder(X, Y, every=3)
+    low, _, high = model.layers
+    model.compile(DiscriminativeSGD(0.1, [[low], [high]]), "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.train([1])
+    before = [ops.convert_to_numpy(w).copy() for w in low.weights]
+    model.fit(X, Y, batch_size=4, epochs=1, verbose=0, callbacks=[recorder])
+    assert recorder.steps == [0, 3]
+    assert_close(recorder.gradients[-1], np.array(by_hand(model)[0]), 1e-5)
+    assert all((ops.convert_to_numpy(w) == old).all() for w, old in zip(low.weights, before))
+    assert model.optimizer.leaves_out(low.trainable_weights[0])
 
 
 def test_training_is_the_same_with_and_without():
