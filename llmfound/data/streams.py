@@ -115,7 +115,7 @@ class LanguageModelBatches(Passes):
         super().__init__()
         _check_integers(1, batch_size=batch_size, window=window, length_multiple=length_multiple)
         _check_integers(0, seed=seed, pad_id=pad_id)
-        if not hasattr(ids, "dtype"):
+        if not hasattr(getattr(ids, "dtype", None), "kind"):  # a list, or a tensor of another library
             ids = np.asarray(ids)
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) < 2:
             raise ValueError(

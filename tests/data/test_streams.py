@@ -35,6 +35,13 @@ def test_windows_cover_the_text_once(count, batch_size, variable, reverse):
     assert (flags[0] == 0).all() and all((f == 1).all() for f in flags[1:])
 
 
+def test_ids_may_be_a_tensor_or_a_list():
+    ids = np.arange(1, 100, dtype="int32")
+    expected = words_of(LanguageModelBatches(ids, 2, 20, reverse=True))
+    for given in (keras.ops.convert_to_tensor(ids), ids.tolist()):
+        assert words_of(LanguageModelBatches(given, 2, 20, reverse=True)) == expected
+
+
 def test_check_7_lengths_of_windows():
     batches = LanguageModelBatches(np.ones(3_000_000, "int32"), 2, 70)
     lengths = batches.lengths[:-1]
