@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from llmfound.layers import AdditiveAttention, MultiHeadAttention
+from llmfound.recomputation import nothing_recomputed
 
 LARGEST = 2**20  # bytes of a page
 _TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
@@ -75,7 +76,8 @@ def capture(model, inputs, layers=None):
     for layer in chosen:
         object.__setattr__(layer, "call", listening(layer, layer.call))  # past Keras's tracking of attributes
     try:
-        model(inputs, training=False)
+        with nothing_recomputed(model):
+            model(inputs, training=False)
     finally:
         for layer in chosen:
             object.__delattr__(layer, "call")

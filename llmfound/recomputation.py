@@ -86,6 +86,19 @@ class Recomputed:
         return run
 
 
+@contextlib.contextmanager
+def nothing_recomputed(layer):
+    """What is called in a layer gives numbers meanwhile: JAX traces what it may have to repeat."""
+    modes = [(part, part._remat_mode) for part in layer._flatten_layers()]
+    try:
+        for part, _ in modes:
+            part._remat_mode = None
+        yield
+    finally:
+        for part, mode in modes:
+            part._remat_mode = mode
+
+
 def _as_at_first(call, variables, around):
     """A call that finds what it found the first time whenever it is repeated, and leaves no trace then."""
     first = []

@@ -31,8 +31,9 @@ BELOW = {
     "random": {"kernels"},
     "layers": {"kernels", "ops", "base", "initializers", "layers"},
     "models": {"kernels", "ops", "base", "initializers", "layers", "models"},
-    **{part: {"kernels", "ops", "base", part} for part in ("data", "decoding", "plots", "testing", "training")},
-    "attention": {"kernels", "ops", "base", "layers"},
+    **{part: {"kernels", "ops", "base", part} for part in ("data", "decoding", "plots", "testing")},
+    "training": {"kernels", "ops", "recomputation", "base", "training"},
+    "attention": {"kernels", "ops", "recomputation", "base", "layers"},
     "convert": {"kernels", "ops", "base", "initializers", "models", "convert"},
     "reproduce": {
         "__version__", "kernels", "ops", "base", "layers", "models", "data", "decoding", "plots", "training",

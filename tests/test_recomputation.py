@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from llmfound import layers, models, training
+from llmfound import attention, layers, models, training
 
 BLOCKS = keras.RematScope("list_of_layers", layer_names=["block_0", "block_1"])
 
@@ -107,3 +107,22 @@ def test_a_recurrent_model_trains_as_without():
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     for value, other in zip(expected, actual):
         np.testing.assert_allclose(other, value, rtol=0, atol=1e-5)
+
+
+def test_what_is_seen_inside_is_what_a_model_without_shows():
+    """Attention that is captured, and the norms of a recorder, of layers within the repeated ones."""
+    found = []
+    for scope in (contextlib.nullcontext(), BLOCKS):
+        keras.backend.clear_session(free_memory=False)
+        keras.utils.set_random_seed(1)
+        with scope:
+            model = models.BERTClassifier(models.BERT(20, 2, 8, 2, 16), 2)
+        model.compile(keras.optimizers.SGD(0.3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        batch = np.array([[1, 2, 3], [4, 5, 6]]), np.array([0, 1])
+        recorder = training.NormRecorder(*batch, layers=[model.encoder.blocks[0].attention])
+        model.fit(*batch, verbose=0, callbacks=[recorder])
+        found.append({**attention.capture(model, batch[0]), "norms": recorder.activations})
+        assert (model.encoder.blocks[0]._remat_mode is None) == (scope is not BLOCKS)
+    assert list(found[0]) == list(found[1])
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, rtol=1e-4, err_msg=name)

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from llmfound import kernels
+from llmfound.recomputation import nothing_recomputed
 
 
 class NormRecorder(keras.callbacks.Callback):
@@ -118,7 +119,8 @@ def _lengths(model, layers, x):
     for layer in layers:
         object.__setattr__(layer, "call", listening(layer, layer.call))  # past Keras's tracking of attributes
     try:
-        model(x, training=False)
+        with nothing_recomputed(model):
+            model(x, training=False)
     finally:
         for layer in layers:
             object.__delattr__(layer, "call")
