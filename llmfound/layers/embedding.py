@@ -94,7 +94,7 @@ class PositionalEncoding(Layer):
         self.built = True
 
     def call(self, x, start=None):
-        return _placed(x, sinusoids(self.max_length, x.shape[-1], self.layout), start)
+        return _placed(x, sinusoids(self.max_length, int(x.shape[-1]), self.layout), start)
 
     def compute_output_shape(self, input_shape, **kwargs):
         return input_shape

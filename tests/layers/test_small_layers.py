@@ -138,6 +138,15 @@ def test_positions_of_any_length_in_a_functional_model():
         assert_close(model.predict(X[:, :length], verbose=0), X[:, :length] + sinusoids(length, 8), 1e-6)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch's own traces")
+def test_positions_of_any_length_in_a_trace_of_torch():
+    import torch
+
+    layer, x = PositionalEncoding(16), torch.from_numpy(X)
+    traced = torch.jit.trace_module(layer, {"forward": (x[:, :3],)})  # where sizes are tensors
+    assert_close(traced(x), layer(x), tolerance=0)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
