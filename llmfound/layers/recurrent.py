@@ -264,8 +264,7 @@ class AttentionCell(Layer):
         self.units = units
         self.memory_dim = memory_dim
         self.attention = AdditiveAttention(units, name="attention", dtype=self.dtype_policy)
-        sizes = cell.state_size
-        self._sizes = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes]
+        self._sizes = keras.tree.flatten(cell.state_size)
         self.state_size = [*self._sizes, (None,), (None,), (None,)]
         self.output_size = getattr(cell, "output_size", None) or self._sizes[0]
         self.output_size += memory_dim
@@ -281,7 +280,7 @@ class AttentionCell(Layer):
         """The initial states of the decoder, with the memory projected once.
 
         Args:
-            states: list of the cell's own, float (batch, size) each.
+            states: list of the cell's own, float (batch, size) each; of StackedRNNCells, the lists of its cells.
             memory: float (batch, length, memory_dim).
             mask: bool (batch, length), True at real positions.
 
@@ -292,6 +291,7 @@ class AttentionCell(Layer):
         Raises:
             ValueError: if there are not as many states as the cell has, or the memory is a functional model's.
         """
+        states = keras.tree.flatten(states)
         if len(states) != len(self._sizes):
             raise ValueError(f"The cell has {len(self._sizes)} states, of sizes {self._sizes}; got {len(states)}.")
         if isinstance(memory, keras.KerasTensor):
@@ -314,6 +314,7 @@ class AttentionCell(Layer):
         memory, keys = (ops.reshape(memory, (rows, -1, self.memory_dim)), ops.reshape(keys, (rows, -1, self.units)))
         context, _ = self.attention(own[0][:, None], memory, mask > 0.5, keys, training=training)
         x = ops.concatenate([x, context[:, 0]], axis=-1)
-        output, own = self.cell(x, own if len(own) > 1 else own[0], training=training)
-        own = list(own) if isinstance(own, (list, tuple)) else [own]
-        return ops.concatenate([output, context[:, 0]], axis=-1), [*own, *states[-3:]]
+        sizes = self.cell.state_size
+        own = keras.tree.pack_sequence_as(sizes if isinstance(sizes, (list, tuple)) else [sizes], own)  # a list always
+        output, own = self.cell(x, own, training=training)
+        return ops.concatenate([output, context[:, 0]], axis=-1), [*keras.tree.flatten(own), *states[-3:]]

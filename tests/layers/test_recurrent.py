@@ -1,5 +1,7 @@
 """Recurrent layers against Keras's own, whatever the mask, and against the equations of the papers in NumPy."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -312,6 +314,32 @@ def test_attention_cell_in_a_recurrent_decoder(cell):
         own = [numpy(s) for s in (own if isinstance(own, (list, tuple)) else [own])]
         expected.append(np.concatenate([numpy(output), numpy(context)[:, 0]], -1))
     assert_close(outputs, np.stack(expected, 1), 1e-6)
+
+
+class MinimalCell(keras.layers.Layer):
+    """As in Keras's guide: one state, which comes in a list."""
+
+    state_size = UNITS
+
+    def build(self, shape):
+        self.kernel = self.add_weight((shape[-1], UNITS), name="kernel")
+
+    def call(self, x, states):
+        h = ops.tanh(ops.matmul(x, self.kernel) + states[0])
+        return h, [h]
+
+
+@pytest.mark.parametrize("cells", [MinimalCell, [keras.layers.LSTMCell] * 2, [keras.layers.GRUCell]])
+def test_attention_around_a_users_cell_and_around_stacked_ones(cells):
+    states = [STATE]
+    if isinstance(cells, list):
+        states = [[STATE, 2 * STATE] if make is keras.layers.LSTMCell else STATE for make in cells]
+        cells = functools.partial(keras.layers.StackedRNNCells, [make(UNITS) for make in cells])
+    cell = layers.AttentionCell(cells(), units=5, memory_dim=MEMORY.shape[-1])
+    outputs = numpy(keras.layers.RNN(cell)(X[:, :1], initial_state=cell.start(states, MEMORY)))
+    context = numpy(cell.attention(STATE[:, None], MEMORY)[0])[:, 0]
+    expected = numpy(cell.cell(np.concatenate([X[:, 0], context], -1), states)[0])
+    assert_close(outputs, np.concatenate([expected, context], -1), 1e-6)
 
 
 @keras.saving.register_keras_serializable("test_recurrent")
