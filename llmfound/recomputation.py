@@ -42,12 +42,12 @@ class Recomputed:
             return call
         around = _surroundings()
         if keras.backend.backend() == "torch":  # which repeats a call as it is
-            call = _as_at_first(call, self.non_trainable_variables, around)
+            call = _as_at_first(call, self, around)
             return super().rematerialized_call(call, *args, **kwargs)
         scope = get_global_attribute("stateless_scope")
         outside = scope.state_mapping if scope else {}
         generator = get_global_attribute("global_seed_generator")
-        variables = [*self.variables, *([generator.state] if generator else [])]
+        variables = [*self.variables, *_states(self), *([generator.state] if generator else [])]
         tensors, rebuild = _taken_apart((args, kwargs))
         with AutocastScope(None):
             given = [*(v.value if _is_float(v) else keras.ops.copy(v) for v in variables), *tensors]
@@ -99,9 +99,15 @@ def nothing_recomputed(layer):
             part._remat_mode = mode
 
 
-def _as_at_first(call, variables, around):
+def _states(layer):
+    """The variables in which recurrent layers carry their states on: Keras does not list them with the others."""
+    parts = [part for part in layer._flatten_layers() if isinstance(part, keras.layers.RNN) and part.stateful]
+    return keras.tree.flatten([part.states for part in parts])
+
+
+def _as_at_first(call, layer, around):
     """A call that finds what it found the first time whenever it is repeated, and leaves no trace then."""
-    first = []
+    first, variables = [], [*layer.non_trainable_variables, *_states(layer)]
 
     def repeated(*args, **kwargs):
         now, repetition = [keras.ops.copy(v.value) for v in variables], bool(first)
@@ -119,6 +125,9 @@ def _as_at_first(call, variables, around):
             set_global_attribute("traceback_filtering", filtering)
             for variable, value in zip(variables, now if repetition else ()):
                 variable.assign(value)
+            for part in layer._flatten_layers() if repetition else ():  # which was broken off before its end
+                if isinstance(part, keras.layers.RNN):
+                    part._maybe_reset_dropout_masks(part.cell)
 
     return repeated
 

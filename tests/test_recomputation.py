@@ -109,6 +109,22 @@ def test_a_recurrent_model_trains_as_without():
         np.testing.assert_allclose(other, value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [dict(dropout=0.3, recurrent_dropout=0.3), dict(stateful=True)], ids=str)
+def test_a_recurrent_layer_finds_its_masks_and_states_again(options):
+    rng, found = np.random.default_rng(0), []
+    x, y = (rng.normal(size=(2, 3, 4)).astype("float32") for _ in range(2))
+    for scope in (contextlib.nullcontext(), keras.RematScope("list_of_layers", layer_names=["lstm"])):
+        keras.utils.set_random_seed(1)
+        with scope:
+            layer = layers.LSTM(4, return_sequences=True, name="lstm", **options)
+        model = keras.Sequential([keras.Input(batch_shape=x.shape), layer])
+        model.compile(keras.optimizers.SGD(1.0), "mse")
+        losses = model.fit(x, y, epochs=3, batch_size=2, shuffle=False, verbose=0).history["loss"]
+        found.append([*losses, *[ops.convert_to_numpy(layer(x)) for _ in range(2)]])
+    for expected, actual in zip(*found):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
 def test_what_is_seen_inside_is_what_a_model_without_shows():
     """Attention that is captured, and the norms of a recorder, of layers within the repeated ones."""
     found = []
