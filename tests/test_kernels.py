@@ -751,6 +751,21 @@ def test_neighbours_and_rows_are_independent():
     assert np.ptp(m.mean(0)) < 10 * 0.5 / np.sqrt(500) and np.ptp(m.mean(1)) < 10 * 0.5 / np.sqrt(1000)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch.distributed")
+def test_processes_that_start_from_one_seed_draw_masks_of_their_own(monkeypatch):
+    import torch
+
+    def mask(rank):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        return kernels.dropout(torch.ones(1000), 0.5, keras.random.SeedGenerator(1)).bool()
+
+    masks = [mask(rank) for rank in (0, 1, 2)]
+    assert (mask(None) == masks[0]).all()
+    for one, other in itertools.combinations(masks, 2):
+        assert 400 < (one == other).sum() < 600
+
+
 def test_dropout_passes_the_gradient_where_it_passed_the_value():
     """Of sum(y^2) / 2 the gradient is y dy/dx: x / (1 - p)^2 or 0, half of each, only if both use one mask."""
     x = random(100, 100) + 5

@@ -92,11 +92,14 @@ def dot_product_attention(query, key, value, mask=None, bias=None):
 def dropout(x, rate, seed):
     """On the CPU, masks from 16 random bits an element: torch draws a 64-bit number for each and takes 6x the time.
 
-    The rate is met to 1/65536; see `reference.dropout`.
+    The rate is met to 1/65536; see `reference.dropout`. Processes that train one model have one seed, which
+    DistributedDataParallel hands them, and by their ranks each has its own masks.
     """
     if x.device.type != "cpu":  # a GPU's own dropout is fast, and the meta device has no numbers
         return torch.nn.functional.dropout(x, rate)
-    generator = torch.Generator().manual_seed(_mixed(_words(seed)))
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if joined else 0
+    generator = torch.Generator().manual_seed(_mixed(_words(seed)) + rank)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     dropped = min(round(rate * 2**16), 2**16 - 1)
     keep = torch.empty(x.shape, dtype=torch.int8)  # torch multiplies by it five times as fast as by a bool
