@@ -1185,6 +1185,42 @@ def test_a_recurrence_differentiated_twice_says_what_to_do():
         last.sum().backward()
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch.autocast")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_native_loops_compute_in_float32_under_autocast(kind, inside, dtype):
+    import torch
+
+    gates = {"lstm": 4, "gru": 3}[kind]
+    state, x, *weights = (torch.tensor(random(*shape)) for shape in [(2, 3), (2, 4, 5), (5, 3 * gates), (3, 3 * gates)])
+    weights = [w.requires_grad_() for w in weights]
+    call = lambda: getattr(kernels, kind)(x, (state, state) if kind == "lstm" else state, *weights)[0]  # noqa: E731
+    expected = call()
+    gradients = torch.autograd.grad(expected.square().sum(), weights)
+    with torch.autocast("cpu", getattr(torch, dtype)):
+        found = call()
+        loss = found.square().sum()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    assert found.dtype == torch.float32
+    for a, b in zip([found, *(w.grad for w in weights)], [expected, *gradients]):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch.autocast")
+def test_masked_scores_that_overflow_under_autocast():
+    import torch
+
+    query, mask = torch.full((1, 2, 1, 4), 1e4), torch.tensor([True, False, True])
+    key = torch.tensor([[1.0], [100.0], [1.0]]).expand(1, 2, 3, 4)
+    with torch.autocast("cpu", torch.float16):
+        weights = kernels.attention_weights(query, key, mask.expand(1, 1, 1, 3))
+    assert weights.flatten().tolist() == [0.5, 0, 0.5] * 2
+
+
 KEPT = {"no mask": None, "mask": np.array([[0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)}
 
 

@@ -39,6 +39,23 @@ __all__ = [
 SEED_FACTORS = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # odd, their high bits mix the two words of a Keras seed
 
 
+def _in_full_precision(function):
+    """Under torch.autocast it computes in float32: its loop writes into memory of one dtype."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
+        halves = torch.bfloat16, torch.float16
+        wide = lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in halves else x  # noqa: E731
+        args, kwargs = keras.tree.map_structure(wide, (args, kwargs))
+        device = next(x.device.type for x in keras.tree.flatten((args, kwargs)) if isinstance(x, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
 def dense(x, kernel, bias=None):
     """torch's own call, without Keras's: in decoding, with one position at a time, that is a good part of the time."""
     kernel = _tensor(kernel)
@@ -70,12 +87,13 @@ def join_heads(x):
 
 def attention_weights(query, key, mask=None, bias=None):
     """torch's own calls, the mask multiplied and added: on a CPU to choose between two tensors takes longer."""
-    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2)).float()
+    product = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+    scores = product.float()
     if bias is not None:
         scores = scores + bias
     if mask is not None:
         # A bias may be -inf, and so may scores of float16, which no product makes finite.
-        finite = bias is None and query.dtype != torch.float16
+        finite = bias is None and product.dtype != torch.float16
         if finite and scores.device.type == "cpu" and 2 * mask.numel() <= scores.numel():
             real = mask.to(scores.dtype)
             scores.mul_(real).add_((1 - real) * reference.MASKED)
@@ -480,7 +498,7 @@ def gru(x, state, kernel, recurrent_kernel, bias=None, recurrent_bias=None, mask
         return _native_gru(x, state, kernel, recurrent_kernel, bias, recurrent_bias, mask, reverse)
     mask = None if mask is None else mask.to(torch.bool).t().unsqueeze(-1)
     arguments = x, state, kernel, recurrent_kernel, bias, recurrent_bias, mask
-    return _GRU.apply(reverse, reset_after, update == "new", *arguments)
+    return _in_full_precision(_GRU.apply)(reverse, reset_after, update == "new", *arguments)
 
 
 def _native_gru(x, state, kernel, recurrent_kernel, bias, recurrent_bias, mask, reverse):
@@ -534,6 +552,7 @@ class _GRU(torch.autograd.Function):
         return states.transpose(0, 1), h.clone()
 
     @staticmethod
+    @_in_full_precision
     def backward(ctx, of_outputs, of_last):
         reverse, after, new = ctx.options
         *arguments, gates, inner, states = ctx.saved_tensors
@@ -614,7 +633,8 @@ def lstm(x, state, kernel, recurrent_kernel, bias=None, mask=None, reverse=False
     if bias is not None:
         weights += [bias, torch.zeros_like(bias)]
     states = [s.unsqueeze(0).contiguous() for s in state]
-    outputs, _, c = torch.lstm(x, states, weights, bias is not None, 1, 0.0, torch.is_grad_enabled(), False, True)
+    native = torch.lstm if x.is_cuda else _in_full_precision(torch.lstm)  # not every CPU has oneDNN's of bfloat16
+    outputs, _, c = native(x, states, weights, bias is not None, 1, 0.0, torch.is_grad_enabled(), False, True)
     outputs = _and_back(outputs, state[0], mask)
     return outputs.flip(1) if reverse else outputs, (outputs[:, -1], c[0])
 
