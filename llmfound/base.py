@@ -1,6 +1,7 @@
 """Layer and Model: constructor arguments become the config, and a model's weights exist once it is constructed."""
 
 import inspect
+import weakref
 
 import keras
 import numpy as np
@@ -66,6 +67,9 @@ def _in_order(cls):
     return names
 
 
+_listing = weakref.WeakSet()  # layers that, on PyTorch, list as their parameters those of all layers inside
+
+
 class BuiltByCall:
     """Sublayers are built when the first call comes to them; `build` itself makes nothing.
 
@@ -84,6 +88,10 @@ class BuiltByCall:
             if first:
                 self._post_build()
             return result
+
+        def _track_variables(self):
+            super()._track_variables()
+            _listing.add(self)
 
         def forward(self, *args, **kwargs):  # what Keras's full call comes to, `training` found
             if "training" not in kwargs:
@@ -128,8 +136,16 @@ class Direct:
 class KeepsAdapter:
     """A layer of Keras whose LoRA goes on learning once it is loaded: Keras 3.15.1 sets both its factors to zero.
 
-    A file holds the product of weights and factors, and the second factor alone begins at zero again.
+    A file holds the product of weights and factors, and the second factor alone begins at zero again. And on PyTorch,
+    where optimizers and state_dict() ask the layers around, those list the factors among their parameters.
     """
+
+    def enable_lora(self, *args, **kwargs):
+        super().enable_lora(*args, **kwargs)
+        for layer in list(_listing):
+            if any(part is self for part in layer._flatten_layers()):
+                for variable in self._trainable_variables:
+                    layer._post_track_variable(variable)
 
     def load_own_variables(self, store):
         first = [v for v in self._trainable_variables if v.name in ("lora_kernel_a", "lora_embeddings_a")]

@@ -961,3 +961,18 @@ def test_predictions_of_rows_in_a_changing_order_are_refused():
     texts = llmfound.data.SentenceBatches(["a", "b"], [0, 1], wordpiece)
     with pytest.raises(ValueError, match="that nobody knows; make them with shuffle=False"):
         llmfound.models.BERTClassifier(bert, 2).predict(texts)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="about torch's own lists of parameters")
+def test_torch_knows_the_parameters_of_lora():
+    import torch
+
+    model, other = (llmfound.models.Transformer(11, 1, 8, 2, 16) for _ in range(2))
+    around, before = torch.nn.Sequential(model), len(other.state_dict())
+    for dense in (model.encoder_blocks[0].attention.query, model.decoder_blocks[0].feedforward.expand):
+        dense.enable_lora(2)
+    optimizer = torch.optim.SGD(around.parameters(), 0.1)
+    listed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert all(id(variable.value) in listed for variable in model.weights)
+    assert len([name for name in model.state_dict() if "lora" in name]) == 4
+    assert len(other.state_dict()) == before
