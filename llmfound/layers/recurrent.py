@@ -103,6 +103,10 @@ class _Native:
     def _set_up(self, weight_dropout):
         self.weight_dropout = Dropout(weight_dropout, name="weight_dropout", dtype=self.dtype_policy)
 
+    def _maybe_config_dropout_masks(self, cell, *args):
+        self._maybe_reset_dropout_masks(cell)  # a pass that PyTorch repeats is broken off before it lets go of its own
+        super()._maybe_config_dropout_masks(cell, *args)
+
     def inner_loop(self, sequences, initial_state, mask, training=False):
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
         reason = self._why_not()

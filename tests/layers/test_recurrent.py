@@ -159,6 +159,25 @@ def test_in_both_directions_and_stacked_in_a_model_that_is_saved(name, tmp_path)
     assert history[-1] < history[0]
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch.utils.checkpoint")
+@pytest.mark.parametrize("rate", ["dropout", "recurrent_dropout"])
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU])
+def test_masks_are_new_after_a_pass_that_torch_repeated(kind, rate):
+    import torch
+
+    layer, x = kind(UNITS, **{rate: 0.5}), torch.tensor(X).requires_grad_()
+    run = functools.partial(layer, training=True)
+    run(x)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected = run(x)
+        torch.manual_seed(seed)
+        found = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+        assert_close(found, expected, 0)
+        (found, expected) = (torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected))
+        assert_close(found, expected, 1e-6)
+
+
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="compiled steps of Keras carry no state on JAX")
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_a_state_is_carried_from_batch_to_batch_in_training(name):
