@@ -8,6 +8,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -751,14 +752,20 @@ def test_neighbours_and_rows_are_independent():
     assert np.ptp(m.mean(0)) < 10 * 0.5 / np.sqrt(500) and np.ptp(m.mean(1)) < 10 * 0.5 / np.sqrt(1000)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch.distributed")
-def test_processes_that_start_from_one_seed_draw_masks_of_their_own(monkeypatch):
-    import torch
-
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="its generators are the caller's")
+def test_processes_and_replicas_that_have_one_seed_draw_masks_of_their_own(monkeypatch):
     def mask(rank):
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
-        return kernels.dropout(torch.ones(1000), 0.5, keras.random.SeedGenerator(1)).bool()
+        if keras.backend.backend() == "torch":
+            import torch
+
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        else:
+            import tensorflow as tf
+
+            replica = types.SimpleNamespace(num_replicas_in_sync=3, replica_id_in_sync_group=rank)
+            monkeypatch.setattr(tf.distribute, "get_replica_context", lambda: None if rank is None else replica)
+        return numpy(kernels.dropout(ops.ones(1000), 0.5, keras.random.SeedGenerator(1))) > 0
 
     masks = [mask(rank) for rank in (0, 1, 2)]
     assert (mask(None) == masks[0]).all()

@@ -21,11 +21,15 @@ def dropout(x, rate, seed):
     """Masks from 16 random bits an element, of a named generator: the one that XLA takes by itself on a CPU needs a
     microsecond for each element.
 
-    The rate is met to 1/65536; see `reference.dropout`.
+    The rate is met to 1/65536; see `reference.dropout`. The replicas of a tf.distribute.Strategy have one seed, and by
+    their numbers each has its own masks.
     """
     shape = tf.shape(x) if None in x.shape else x.shape
     size = tf.reduce_prod(shape) if None in x.shape else math.prod(shape)
     key = tf.bitcast(tf.cast(seed.next(), "uint32"), "int32")
+    replica = tf.distribute.get_replica_context()
+    if replica is not None and replica.num_replicas_in_sync > 1:
+        key += tf.stack([replica.replica_id_in_sync_group * 0x3779B97F, 0])
     words = tf.random.stateless_uniform([(size + 3) // 4], key, None, None, "int64", alg="philox")
     dropped = min(round(rate * 2**16), 2**16 - 1)
     keep = tf.reshape(tf.reshape(tf.bitcast(words, "int16"), [-1])[:size], shape) >= dropped - 2**15
