@@ -4,6 +4,8 @@ import math
 
 import keras
 from keras import ops
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+from keras.src.losses.loss import scale_loss_for_distribution
 
 from llmfound import kernels
 
@@ -12,6 +14,8 @@ def checked(labels, logits):
     """Both as tensors; ValueError unless they are int (...) and float (..., vocab_size), with equal leading axes."""
     labels, logits = (x if ops.is_tensor(x) else ops.convert_to_tensor(x) for x in (labels, logits))  # keeps the mask
     label_type, logit_type = (keras.backend.standardize_dtype(x.dtype) for x in (labels, logits))
+    if in_symbolic_scope() and "float" in label_type:  # of replicas Keras looks at the mean of their labels first
+        labels, label_type = ops.cast(labels, "int32"), "int32"
     if "int" not in label_type:
         raise ValueError(f"labels must be integer token ids; got {label_type} of shape {tuple(labels.shape)}.")
     if "float" not in logit_type:
@@ -63,7 +67,7 @@ class SmoothedCrossEntropy(keras.losses.Loss):
 
     Positions that Keras masks (`mask_zero=True` in a user's model) count as padding too. A batch without a real
     token has loss 0. Sample weights, (batch,) or (batch, length), multiply the losses and, as in Keras, leave n as
-    it is.
+    it is. Under a tf.distribute.Strategy, as of Keras's losses, each replica has its share of their mean.
 
     Args:
         smoothing: float in [0, 1), the e above; 0.1 in the paper.
@@ -102,7 +106,7 @@ class SmoothedCrossEntropy(keras.losses.Loss):
         if weight is not None:  # of all tokens, and in its own memory: on PyTorch, Keras multiplies the mask into it
             weight = ops.cast(weight, "float32") * ops.ones_like(y_true, dtype="float32")
         total = super().__call__(y_true, y_pred, weight)  # Keras applies its mask to both
-        return total / ops.maximum(self.count(y_true, y_pred), 1.0)
+        return scale_loss_for_distribution(total / ops.maximum(self.count(y_true, y_pred), 1.0))
 
     def call(self, y_true, y_pred):
         labels = ops.cast(y_true, "int32")  # Keras hands over the ids as float32, exact up to 2^24

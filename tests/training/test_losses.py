@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from keras.src import backend
 
 from llmfound.training import SmoothedCrossEntropy
 
@@ -245,3 +246,20 @@ def test_wrong_labels_and_logits_are_named(loss, labels, logits, match):
 def test_unknown_form():
     with pytest.raises(ValueError, match="'fairseq'"):
         SmoothedCrossEntropy(form="fairseq")
+
+
+def test_labels_of_replicas_as_keras_traces_them():
+    """Of the batches of a tf.distribute.Strategy it takes the mean, to look at shapes, and so makes floats of ids."""
+    labels, logits = keras.KerasTensor((3, 4), "float64"), keras.KerasTensor((3, 4, 7), "float32")
+    assert backend.compute_output_spec(SmoothedCrossEntropy(0.1), labels, logits).shape == ()
+    with pytest.raises(ValueError, match="labels must be integer token ids; got float"):
+        SmoothedCrossEntropy(0.1)(np.ones((3, 4)), np.zeros((3, 4, 7), "float32"))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of tf.distribute")
+def test_a_replica_has_its_share_of_the_loss(batch, monkeypatch):
+    import tensorflow as tf
+
+    alone = value(SmoothedCrossEntropy(0.1), *batch)
+    monkeypatch.setattr(tf.distribute.get_strategy(), "_extended", type("Two", (), {"_num_replicas_in_sync": 2})())
+    np.testing.assert_allclose(value(SmoothedCrossEntropy(0.1), *batch), alone / 2, rtol=1e-6)
