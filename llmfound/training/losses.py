@@ -48,7 +48,7 @@ class _TokenCount(keras.losses.Loss):
     """The number of real tokens that Keras's mask leaves."""
 
     def __init__(self, pad_id):
-        super().__init__(reduction="sum", dtype="float32")
+        super().__init__("token_count", "sum", "float32")  # TensorFlow takes no name that begins with an underscore
         self.pad_id = pad_id
 
     def call(self, y_true, y_pred):

@@ -263,3 +263,11 @@ def test_a_replica_has_its_share_of_the_loss(batch, monkeypatch):
     alone = value(SmoothedCrossEntropy(0.1), *batch)
     monkeypatch.setattr(tf.distribute.get_strategy(), "_extended", type("Two", (), {"_num_replicas_in_sync": 2})())
     np.testing.assert_allclose(value(SmoothedCrossEntropy(0.1), *batch), alone / 2, rtol=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of tf.function")
+def test_in_a_tf_function_of_ones_own(batch):
+    import tensorflow as tf
+
+    loss = SmoothedCrossEntropy(0.1)
+    np.testing.assert_allclose(tf.function(loss)(*batch), value(loss, *batch), rtol=1e-6)
