@@ -167,7 +167,8 @@ class LSTM(Recomputed, Configured, _Native, layers.LSTM):
     torch's own LSTM runs, oneDNN's or cuDNN's. Before the first real position the output is the initial state on every
     backend; Keras has zeros there on two of them. With stateful=True it can be trained on PyTorch, too; on JAX, the
     compiled steps of Keras 3.15.1 carry no state. jax.jvp and the transforms of torch.func refuse the native loops;
-    with LLMFOUND_KERNELS=reference in the environment they work.
+    with LLMFOUND_KERNELS=reference in the environment they work. jax.shard_map takes them, as it does Keras's loops,
+    with check_vma=False.
     Source: Hochreiter and Schmidhuber 1997; weight dropout, Merity, Keskar, Socher 2018, section 2.
 
     Args:
