@@ -8,6 +8,7 @@ import numpy as np
 
 from llmfound.data.batching import _check_integers, _flattened, _is_pair, _joined, _LikeLengths, _padded
 from llmfound.data.streams import _checked_labels, _counted
+from llmfound.data.tokenizers import _as_texts, _check_many, _is_text
 
 _CHUNK = 1000  # texts encoded at a time
 
@@ -94,14 +95,15 @@ class ChoiceBatches(_LikeLengths):
 
     def __init__(self, questions, choices, labels, tokenizer, batch_size=16, max_length=128, length_multiple=16,
                  shuffle=None, seed=0):  # fmt: skip
-        questions, choices = list(questions), list(choices)
+        questions, choices = list(_as_texts(questions, "questions")), list(choices)
         if len(questions) != len(choices):
             raise ValueError(f"There are {len(questions)} questions, but choices for {len(choices)}.")
         self.num_choices = len(choices[0]) if choices else 0
         for i, answers in enumerate(choices):
-            if isinstance(answers, str) or len(answers) != self.num_choices or self.num_choices < 2:
+            counted = not isinstance(answers, str) and len(answers) == self.num_choices >= 2
+            if not counted or not all(map(_is_text, answers)):
                 raise ValueError(
-                    f"Every question needs as many choices, two at least; question 0 has {self.num_choices}, "
+                    f"Every question needs as many choices, all str, two at least; question 0 has {self.num_choices}, "
                     f"question {i} has {str(answers)[:60]}."
                 )
         sides = _sides([(question, answer) for question, answers in zip(questions, choices) for answer in answers])
@@ -298,8 +300,7 @@ def _specials(tokenizer, max_length):
 
 def _sides(texts):
     """The texts as one list, or pairs of texts as two."""
-    if isinstance(texts, str):
-        raise ValueError(f"texts must be a sequence of str; got one str, {texts[:40]!r}.")
+    _check_many(texts)
     texts = list(texts)
     if not texts:
         raise ValueError("There are no texts.")

@@ -8,6 +8,7 @@ import numpy as np
 from llmfound.data.batching import Passes, _check_integers
 from llmfound.data.streams import _CHUNK, _write_header
 from llmfound.data.text import read_lines
+from llmfound.data.tokenizers import _as_texts
 
 _TRIES = 10  # to find another document
 _FILES = "ids.npy", "sentences.npy", "documents.npy"
@@ -138,11 +139,11 @@ def _encoded(documents, tokenizer):
             start += count
         return np.array([i for row in rows for i in row], "int32"), lengths, ends
 
-    for document in documents:
+    for i, document in enumerate(documents):
         if isinstance(document, str):
             raise ValueError(f"A document must be sentences, an iterable of str; got one str, {document[:40]!r}.")
         before = len(sentences)
-        sentences.extend(document)  # `+=` would append an array of str to every sentence
+        sentences.extend(_as_texts(document, f"Document {i}"))
         counts.append(len(sentences) - before)
         if len(sentences) >= _CHUNK:
             yield flush()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from llmfound.data.batching import Passes, _check_integers, _flattened, _joined, _LikeLengths, _padded
+from llmfound.data.tokenizers import _as_texts
 
 _CHUNK = 1000  # texts encoded at a time
 _SHORT = 0.05  # of the windows have half the length
@@ -65,9 +66,7 @@ def stream(texts, tokenizer):
 def _chunks(texts, tokenizer):
     if tokenizer.end_id is None:
         raise ValueError("The tokenizer has no end_id, to stand between texts; name the piece when loading it.")
-    if isinstance(texts, str):
-        raise ValueError(f"texts must be an iterable of str; got one str, {texts[:40]!r}.")
-    texts = iter(texts)
+    texts = _as_texts(texts)
     while chunk := [text for _, text in zip(range(_CHUNK), texts)]:
         yield np.array([i for row in tokenizer.encode_batch(chunk) for i in (*row, tokenizer.end_id)], "<i4")
 
@@ -231,9 +230,7 @@ class ClassificationBatches(_LikeLengths):
     def __init__(self, texts, labels, tokenizer, num_classes=None, batch_size=64, max_length=None, length_multiple=16,
                  shuffle=None, seed=0):  # fmt: skip
         _check_integers(1, max_length=1 if max_length is None else max_length)
-        if isinstance(texts, str):
-            raise ValueError(f"texts must be an iterable of str; got one str, {texts[:40]!r}.")
-        texts = list(texts)
+        texts = list(_as_texts(texts))
         if not texts:
             raise ValueError("There are no texts.")
         chunks = (tokenizer.encode_batch(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +108,7 @@ class Tokenizer:
             ValueError: if there is no text, `kind` is unknown, `vocab_size` is too small for the alphabet, or no word
                 is frequent enough.
         """
-        texts = texts if isinstance(texts, str) else list(texts)
-        if isinstance(texts, str) or not any(texts) or not all(map(_is_text, texts)):
-            raise ValueError(f"texts must be an iterable of str, not all of them empty; got {_shortened(texts)}.")
+        texts = _to_learn_from(texts)
         tokenizer, trainer = _blank(kind, vocab_size, lowercase, min_frequency)
         tokenizer.train_from_iterator(texts, trainer)
         if tokenizer.get_vocab_size() > vocab_size:
@@ -192,9 +191,7 @@ class Tokenizer:
         return ["" if is_blank else text[a:b].removeprefix(" ") for is_blank, (a, b) in zip(blank, spans)]
 
     def _encodings(self, texts, encode):
-        texts = texts if isinstance(texts, str) else list(texts)
-        if isinstance(texts, str) or not all(map(_is_text, texts)):
-            raise ValueError(f"texts must be an iterable of str without lone surrogates; got {_shortened(texts)}.")
+        texts = list(_as_texts(texts))
         try:
             return encode(texts, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
@@ -371,9 +368,32 @@ def _is_text(text):
         return False
 
 
-def _shortened(texts):
-    """What an error message shows of bad texts: the one str, or the first item that is no text."""
+def _as_texts(texts, name="texts"):
+    """Each of some texts, if it is one: a str that UTF-8 can hold."""
+    _check_many(texts, name)
+    for i, text in enumerate(texts):
+        if not _is_text(text):
+            raise ValueError(
+                f"{name} must be an iterable of str without lone surrogates; got {repr(text)[:40]} as item {i}."
+            )
+        yield text
+
+
+def _check_many(texts, name="texts"):
+    """Raises ValueError if this is one str, or a table or a dict, whose iteration gives the names of its columns."""
     if isinstance(texts, str):
-        return f"one str, {texts[:40]!r}"
-    bad = [(i, text) for i, text in enumerate(texts) if not _is_text(text)]
-    return f"{repr(bad[0][1])[:40]} as item {bad[0][0]}" if bad else f"{len(texts)} items, all empty"
+        raise ValueError(f"{name} must be an iterable of str; got one str, {texts[:40]!r}.")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
+        names = ", ".join(repr(found)[:40] for found in itertools.islice(texts, 3))
+        raise ValueError(
+            f"{name} must be an iterable of str; got a {type(texts).__name__}, whose iteration gives its names, "
+            f"{names}. Pass a column of it, or for pairs of texts the zip of two."
+        )
+
+
+def _to_learn_from(texts):
+    """The texts as a list, if not all are empty."""
+    texts = list(_as_texts(texts))
+    if not any(texts):
+        raise ValueError(f"There is nothing to learn from: got {len(texts)} items, all empty.")
+    return texts

@@ -6,12 +6,13 @@ import itertools
 import json
 import sys
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from llmfound.data.text import _up_to_the_last, read_lines
-from llmfound.data.tokenizers import Tokenizer, _is_text, _shortened
+from llmfound.data.tokenizers import Tokenizer, _as_texts, _to_learn_from
 
 PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of every WordPiece trained here
 _FILES = "tokenizer.json", "vocab.txt"
@@ -116,9 +117,7 @@ class WordPiece(Tokenizer):
         from tokenizers import Tokenizer as Fast
         from tokenizers import models, trainers
 
-        texts = texts if isinstance(texts, str) else list(texts)
-        if isinstance(texts, str) or not any(texts) or not all(map(_is_text, texts)):
-            raise ValueError(f"texts must be an iterable of str, not all of them empty; got {_shortened(texts)}.")
+        texts = _to_learn_from(texts)
 
         def learned(size, special):
             fast = Fast(models.WordPiece(unk_token="[UNK]"))
@@ -284,11 +283,10 @@ class WordPiece(Tokenizer):
 
 def _vocabulary(pieces):
     """The ids of the pieces, dict, if they can be a vocabulary."""
-    pieces = pieces if isinstance(pieces, str) else list(pieces)
-    if isinstance(pieces, str) or not all(map(_is_text, pieces)):
-        raise ValueError(f"pieces must be an iterable of str without lone surrogates; got {_shortened(pieces)}.")
+    if isinstance(pieces, Mapping):
+        raise ValueError("pieces must stand in the order of their ids; of a dict, pass sorted(ids, key=ids.get).")
     ids = {}
-    for i, piece in enumerate(pieces):
+    for i, piece in enumerate(_as_texts(pieces, "pieces")):
         if not piece or "\n" in piece or piece in ids:
             fault = f"is piece {ids[piece]} too" if piece in ids else "holds a line break" if piece else "is empty"
             raise ValueError(f"Piece {i}, {piece!r}, {fault}.")

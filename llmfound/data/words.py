@@ -5,7 +5,7 @@ import collections
 import html
 import re
 
-from llmfound.data.tokenizers import SPECIAL_PIECES, Tokenizer
+from llmfound.data.tokenizers import SPECIAL_PIECES, Tokenizer, _as_texts
 
 MARKS = ("xxmaj", "xxup", "xxrep", "xxwrep")  # ids 4 to 7 of every WordTokenizer with marks
 _MARKUP = re.compile(r"<\s*br\s*/?\s*>", re.I)
@@ -96,10 +96,8 @@ class WordTokenizer(Tokenizer):
         special = [*SPECIAL_PIECES, *MARKS * marks]
         if vocab_size <= len(special):
             raise ValueError(f"vocab_size ({vocab_size}) must be more than the {len(special)} special words.")
-        if isinstance(texts, str):
-            raise ValueError(f"texts must be an iterable of str; got one str, {texts[:40]!r}.")
         counts = collections.Counter()
-        for text in texts:
+        for text in _as_texts(texts):
             counts.update(words(text) if marks else text.split())
         frequent = [word for word, n in counts.items() if n >= min_frequency and word not in special]
         if not frequent:
@@ -111,10 +109,7 @@ class WordTokenizer(Tokenizer):
         return cls(fast.to_str(pretty=True))
 
     def encode_batch(self, texts):
-        texts = texts if isinstance(texts, str) else list(texts)
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            return super().encode_batch(texts)  # which says what is wrong
-        cut = [words(text) if self.marks else text.split() for text in texts]
+        cut = [words(text) if self.marks else text.split() for text in _as_texts(texts)]
         return super().encode_batch([" ".join("[UNK]" if w in SPECIAL_PIECES else w for w in row) for row in cut])
 
     def pieces(self, text):

@@ -23,6 +23,16 @@ TOKENIZER = SimpleNamespace(pad_id=0, cls_id=1, sep_id=2, encode_batch=encode_wo
 WITHOUT = SimpleNamespace(pad_id=0, cls_id=None, encode_batch=encode_words, encode_words=encode_words)
 
 
+class Table(SimpleNamespace):
+    """Iterates as a DataFrame of pandas does."""
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
+TABLE = Table(columns=["first", "second"])
+
+
 def random_texts(lengths):
     return ["".join(RNG.choice(list("abcdefgh"), n)) for n in lengths]
 
@@ -153,6 +163,8 @@ def test_which_labels_are_classes_and_which_are_scores(recwarn):
 @pytest.mark.parametrize("texts, labels, options, message", [
     ([], [], {}, "There are no texts"),
     ("ab", [0], {}, "got one str, 'ab'"),
+    ({"a": 1}, None, {}, "got a dict, whose iteration gives its names, 'a'. Pass a column of it, or for pairs"),
+    (TABLE, None, {}, "got a Table, whose iteration gives its names, 'first', 'second'"),
     (["ab", {"a", "b"}], [0, 1], {}, "text 1 is .*, other, text 0 is str"),
     (["a", ("a", "b")], [0, 1], {}, r"text 1 is \"\('a', 'b'\)\", a pair, text 0 is str"),
     ([("a", "b", "c")], [0], {}, "text 0 is .*, other"),
@@ -211,7 +223,7 @@ def test_choices_stand_side_by_side():
     (["a", "b"], [["a", "b"], ["c"]], [0, 1], r"question 0 has 2, question 1 has \['c'\]"),
     (["a", "b"], [["a"], ["c"]], [0, 0], "two at least"),
     (["a"], ["ab"], [0], "question 0 has ab"),
-    (["a"], [["a", 3]], [0], "all str"),
+    (["a"], [["a", 3]], [0], r"all str, .*question 0 has \['a', 3\]"), (["a", 3], [], [], "got 3 as item 1"),
     (["a", "b"], [["a", "b"], ["c", ""]], [0, 0], "Text 1 has no word pieces: ''"),
     (["a"], [["a", "b"]], [2], "labels must be 0 to 1; text 0 has 2"),
     (["a"], [["a", "b"]], [0.0], "labels must be integers"),

@@ -359,6 +359,8 @@ def test_sentences(text, expected):
     (dict(documents=[["w1", "w2"]]), "Random next sentences come from another document, and there is one only"),
     (dict(documents=[]), "There are no sentences"),
     (dict(documents=["w1 w2"]), "A document must be sentences, an iterable of str; got one str, 'w1 w2'"),
+    (dict(documents=[["w1"], ["w2", None]]), "Document 1 must be .*; got None as item 1"),
+    (dict(documents=[["w1"], {"w2": 1}]), "Document 1 must be .*; got a dict"),
     (dict(objective="span"), "objective must be 'masked' or 'left_to_right'; got 'span'"),
     (dict(masking="none"), "masking must be 'dynamic' or 'static'; got 'none'"),
     (dict(shares=(0.8, 0.1)), r"shares must be three that add up to 1; got \(0.8, 0.1\)"),

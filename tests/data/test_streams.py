@@ -122,6 +122,8 @@ def test_a_file_that_could_not_be_written_is_not_left(tmp_path):
         write_stream(tmp_path / "text.bin", ["a"], tokenizer)
     with pytest.raises(ValueError, match="got one str"):
         stream("a a", tokenizer)
+    with pytest.raises(ValueError, match="got nan as item 1500"):
+        stream(["a"] * 1500 + [float("nan")], tokenizer)
     with pytest.raises(ValueError, match="There are no texts"):
         stream([], tokenizer)
 
@@ -189,6 +191,7 @@ def test_without_labels_and_cut():
 @pytest.mark.parametrize("texts, labels, options, message", [
     ([], [], {}, "There are no texts"),
     ("abcd", None, {}, "texts must be an iterable of str; got one str, 'abcd'"),
+    (["a"] * 1500 + [float("nan")], None, {}, "got nan as item 1500"), ({"a": 1}, None, {}, "got a dict"),
     (["a"], None, dict(max_length=0), "max_length must be an integer of at least 1"),
     (["a", " "], [0, 1], {}, "Text 1 has no words: ' '"),
     (["a", "b"], [0], {}, "one for each of the 2 texts"),

@@ -343,6 +343,8 @@ def test_errors(tmp_path):
         Tokenizer.train(["", ""], 400)
     with pytest.raises(ValueError, match="one str, 'a text'"):
         Tokenizer.train("a text", 400)
+    with pytest.raises(ValueError, match="got a dict, whose iteration gives its names, 'text'"):
+        Tokenizer.train({"text": TEXTS}, 400)
     with pytest.raises(ValueError, match="5 as item 1"):
         tokenizer.encode_batch(["a", 5])
     with pytest.raises(ValueError, match="one str, 'abc'"):

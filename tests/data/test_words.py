@@ -96,6 +96,8 @@ def test_marks_that_lack_their_word_are_left_out():
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(texts="The cat"), "texts must be an iterable of str; got one str"),
+    (dict(texts={"a": 1}), "got a dict, whose iteration gives its names, 'a'"),
+    (dict(texts=["a", float("nan")]), "got nan as item 1"), (dict(texts=[b"a"], marks=False), "got b'a' as item 0"),
     (dict(texts=TEXTS, vocab_size=8), r"vocab_size \(8\) must be more than the 8 special words"),
     (dict(texts=[]), "No word occurs"),
     (dict(texts=["one two"]), r"min_frequency \(2\) times"),
