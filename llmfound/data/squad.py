@@ -9,6 +9,7 @@ import numpy as np
 
 from llmfound.data.batching import _check_integers, _flattened, _LikeLengths, _padded
 from llmfound.data.text import read_lines
+from llmfound.data.tokenizers import _is_text
 
 _CHUNK = 1000  # texts encoded at a time
 
@@ -128,7 +129,8 @@ class QuestionAnsweringBatches(_LikeLengths):
 
     Raises:
         ValueError: if there is no question, two have one id, a question is empty or too long, a text has no pieces,
-            rows leave no room for a text, the tokenizer lacks a special id, or an argument is out of range.
+            an answer does not stand where it says, rows leave no room for a text, the tokenizer lacks a special id, or
+            an argument is out of range.
     """
 
     def __init__(self, questions, tokenizer, batch_size=32, max_length=384, stride=128, max_question=64,
@@ -142,6 +144,11 @@ class QuestionAnsweringBatches(_LikeLengths):
             first = seen.setdefault(question.id, i)
             if first != i:
                 raise ValueError(f"Questions {first} and {i} have one id, {question.id!r}; answers need one for each.")
+            if not _is_text(question.question) or not _is_text(question.context):
+                raise ValueError(
+                    f"Question {question.id}: question and context must be str without lone surrogates; got "
+                    f"{repr(question.question)[:60]} and {repr(question.context)[:60]}."
+                )
         special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id]
         if None in special:
             raise ValueError(f"The tokenizer needs pad_id, cls_id and sep_id; it has {special}.")
@@ -290,8 +297,18 @@ def _end(text, offsets, piece):
 
 def _pieces_of_answer(question, offsets):
     """The first and the last piece of the first answer; None if there is none, or its characters are all dropped."""
-    if question.impossible or not question.answers:
+    if question.impossible or not len(question.answers):
         return None
-    text, start = question.answers[0]
+    first = next(iter(question.answers))
+    kinds = (str, (int, np.integer))
+    if not isinstance(first, (tuple, list)) or len(first) != 2 or not all(map(isinstance, first, kinds)):
+        raise ValueError(
+            f"Question {question.id}: answers must be pairs of a str and an int, the character of the text at which it "
+            f"begins; got {str(question.answers)[:80]}."
+        )
+    text, start = first
+    found = question.context[max(start, 0) :][: len(text)]
+    if found != text:
+        raise ValueError(f"Question {question.id}: the answer {text!r} is not at character {start}, but {found!r}.")
     inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < start + len(text)))
     return (int(inside[0]), int(inside[-1])) if len(inside) else None
