@@ -4,7 +4,7 @@ import itertools
 import sys
 import warnings
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
 import numpy as np
@@ -529,6 +529,18 @@ def _padded(sequences, rows, length, pad_id):
     ids = np.full((rows, length), pad_id, "int32")
     ids[: len(real)][real] = sequences.flat[(sequences.starts[:, None] + position)[real]]
     return ids
+
+
+def _ordered(classes):
+    """The classes as a list; no set, whose order is another in every process, nor a dict with other numbers."""
+    if isinstance(classes, (set, frozenset)):
+        raise ValueError(f"classes must stand in an order, which a set has not: {classes}. Pass sorted(classes).")
+    if isinstance(classes, Mapping) and list(classes.values()) != list(range(len(classes))):
+        raise ValueError(
+            f"classes must stand in the order of their numbers; got {str(classes)[:80]}. Pass sorted(classes, "
+            "key=classes.get)."
+        )
+    return list(classes)
 
 
 def _check_integers(minimum, **arguments):

@@ -6,7 +6,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from llmfound.data.batching import _check_integers, _flattened, _is_pair, _joined, _LikeLengths, _padded
+from llmfound.data.batching import _check_integers, _flattened, _is_pair, _joined, _LikeLengths, _ordered, _padded
 from llmfound.data.streams import _checked_labels, _counted
 from llmfound.data.tokenizers import _as_texts, _check_many, _is_text
 
@@ -153,8 +153,9 @@ class TaggingBatches(_LikeLengths):
 
     Raises:
         ValueError: if there is no sentence, one has no words, something but str as words, not as many tags as words, or
-            a tag that is not in `classes`; if a sentence is too long; if both `tags` and `classes` are None; if the
-            tokenizer lacks a special id; or if an argument is out of range. The sentence is named.
+            a tag that is not in `classes`; if a sentence is too long; if both `tags` and `classes` are None, or
+            `classes` a set, which has no order; if the tokenizer lacks a special id; or if an argument is out of range.
+            The sentence is named.
     """
 
     ignore = label_pad_id = -1
@@ -162,6 +163,7 @@ class TaggingBatches(_LikeLengths):
     def __init__(self, sentences, tags, tokenizer, classes=None, batch_size=32, max_length=128, split_long=False,
                  length_multiple=16, shuffle=None, seed=0):  # fmt: skip
         cls_id, sep_id = _specials(tokenizer, max_length)
+        tags = None if tags is None else [list(marks) for marks in tags]
         sentences, self.classes = _tagged(sentences, tags, classes)
         self.num_classes = len(self.classes)
         rows, row, place, most = [], [], [], max_length - 2
@@ -353,19 +355,25 @@ def _tagged(sentences, tags, classes):
     if not sentences:
         raise ValueError("There are no sentences.")
     for i, words in enumerate(sentences):
-        if isinstance(words, str) or not words or not all(isinstance(word, str) for word in words):
+        if isinstance(words, str) or not words or not all(map(_is_text, words)):
             raise ValueError(f"A sentence is a list of str, its words; sentence {i} is {str(words)[:60]!r}.")
     if tags is None and classes is None:
         raise ValueError("classes must be given where there are no tags to take them from.")
+    classes = None if classes is None else tuple(_ordered(classes))
     if tags is None:
-        return sentences, tuple(classes)
+        return sentences, classes
     if len(tags) != len(sentences):
         raise ValueError(f"There are {len(sentences)} sentences, but tags for {len(tags)}.")
     known = set(itertools.chain.from_iterable(tags)) if classes is None else set(classes)
+    odd = [tag for tag in known if not isinstance(tag, str)]
+    if classes is None and 0 < len(odd) < len(known):
+        raise ValueError(f"Tags must be str; got {', '.join(map(repr, odd[:5]))} among them.")
     for i, (words, marks) in enumerate(zip(sentences, tags)):
         if len(words) != len(marks):
             raise ValueError(f"Sentence {i} has {len(words)} words, but {len(marks)} tags.")
         if not known.issuperset(marks):
             unknown = next(tag for tag in marks if tag not in known)
-            raise ValueError(f"Sentence {i} has the tag {unknown!r}; classes are {', '.join(classes)}.")
-    return sentences, tuple(sorted(known, key=lambda tag: (tag != "O", tag)) if classes is None else classes)
+            raise ValueError(f"Sentence {i} has the tag {unknown!r}; classes are {', '.join(map(str, classes))}.")
+    if classes is None:
+        classes = tuple(sorted(known, key=lambda tag: (tag != "O", tag)))
+    return sentences, classes

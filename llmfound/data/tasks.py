@@ -1,5 +1,6 @@
 """Public sets that pretrained models are fine-tuned to: sentences, pairs of them, and words with tags."""
 
+from llmfound.data.batching import _ordered
 from llmfound.data.sets import _known, _published
 from llmfound.data.text import _up_to_the_last, fetch, read_lines
 
@@ -159,10 +160,10 @@ def read_labelled(path, texts, label, classes=None, columns=None):
 
     Raises:
         ValueError: if the file has no such column, or a line, but for empty ones at the end, has more or fewer columns
-            or another label, naming the line; and as `read_lines`.
+            or another label, naming the line; if `classes` are a set, which has no order; and as `read_lines`.
     """
     lines = list(enumerate(_up_to_the_last(read_lines(path)), start=1))
-    classes = None if classes is None else list(classes)
+    classes = None if classes is None else _ordered(classes)
     if columns is None:
         columns = lines.pop(0)[1].split("\t")
     needed = [texts] if isinstance(texts, str) else list(texts)

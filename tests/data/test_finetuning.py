@@ -272,6 +272,14 @@ def test_a_tokenizer_of_words_may_give_arrays():
     assert (found[0]["token_ids"] == plain[0]["token_ids"]).all() and (found[1] == plain[1]).all()
 
 
+def test_tags_may_come_from_generators():
+    classes = ["O", "B-per", "I-per", "B-loc", "I-loc"]
+    rows = TaggingBatches(iter(SENTENCES), ((tag for tag in tags) for tags in TAGS), TOKENIZER, iter(classes))
+    assert rows.classes == tuple(classes)
+    plain = TaggingBatches(SENTENCES, TAGS, TOKENIZER, classes)
+    assert (rows[0][1] == plain[0][1]).all()
+
+
 def test_long_sentences_are_cut_between_words():
     words = random_texts(RNG.integers(1, 9, 60))
     tags = [f"B-{i % 7}" for i in range(60)]
@@ -312,6 +320,12 @@ def test_shuffled_sentences_keep_their_labels():
     ([["a"], ["b"]], [["O"], ["O", "O"]], {}, "Sentence 1 has 1 words, but 2 tags"),
     ([["a"], ["b"]], [["O"], ["X"]], dict(classes=["O", "B"]), "Sentence 1 has the tag 'X'; classes are O, B"),
     ([["a"]], None, {}, "classes must be given"),
+    ([["a"]], [["O"]], dict(classes={"O", "B"}), r"classes must stand in an order, .* Pass sorted\(classes\)"),
+    ([["a"]], [["O"]], dict(classes={"B": 1, "O": 0}), r"order of their numbers; got .* Pass sorted\(classes, key="),
+    ([["a"]], None, dict(classes=frozenset("O")), "in an order, which a set has not"),
+    ([["a", "b"]], [["O", None]], {}, "Tags must be str; got None among them"),
+    ([["a"]], [[3]], dict(classes=[0, 1]), "the tag 3; classes are 0, 1"),
+    ([["a"], ["\ud800"]], [["O"], ["O"]], {}, "sentence 1 is"),
     ([["a"], ["b", "abcd"]], [["O"], ["O", "O"]], dict(max_length=6), "Sentence 1 has 5 word pieces, .* leaves 4"),
     ([["a"]], [["O"]], dict(tokenizer=WITHOUT), "has no cls_id, sep_id"),
 ])  # fmt: skip

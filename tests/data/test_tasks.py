@@ -94,6 +94,8 @@ def test_classes_may_come_in_any_iterable(tmp_path):
     path.write_text("text\tlabel\nx\tno\ny\tyes\n")
     for classes in ({"yes": 0, "no": 1}, np.array(["yes", "no"]), iter(["yes", "no"])):
         assert read_labelled(path, "text", "label", classes) == (["x", "y"], [1, 0])
+    with pytest.raises(ValueError, match=r"classes must stand in an order, which a set has not: \{'yes'\}"):
+        read_labelled(path, "text", "label", {"yes"})
 
 
 @pytest.mark.parametrize("content, message", [
