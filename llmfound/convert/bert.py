@@ -52,7 +52,7 @@ class Conversion:
         copied: dict, path of each weight of the model that was read -> name of its tensor.
         new: list of str, paths of the weights that the checkpoint lacks, as they were initialised.
         left: list of str, names and shapes of the tensors that the model has no place for.
-        labels: dict, number of a class as a str -> its name, as config.json tells.
+        labels: dict, number of a class as a str -> its name, by number, as config.json tells.
     """
 
     copied: dict
@@ -183,7 +183,8 @@ def read(source, form, tensors, config, kind=None, num_classes=None, dtype=None,
             raise ValueError(f"{error} {ADVICE}") from None
         raise
     copied = {path: name for path, name in table.items() if path not in kept}
-    labels = {} if new else config.get("id2label", {})
+    told = {} if new else config.get("id2label", {})
+    labels = {i: told[i] for i in sorted(told, key=lambda i: (len(i), i))}  # by number
     if hasattr(model, "classes") and not new:
         model.tell(id2label=labels, problem_type=config.get("problem_type"))
     model.conversion = Conversion(copied, new, [f"{name} {tensors[name].shape}" for name in left], labels)

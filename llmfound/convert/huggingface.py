@@ -4,6 +4,7 @@ of its library and of those that Google's were converted to."""
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,8 @@ def to_huggingface(model, folder, tokenizer=None, **config):
 
     What LoRA has learned is written into the weights that it adapts. The names of the classes and the `problem_type` of
     the checkpoint that a head was read from are written again, whether or not a .keras file was in between. Files of
-    the same names are replaced. An interrupted call leaves no config.json, without which nothing is read.
+    the same names are replaced, once the weights are on the disk. A call that is interrupted after that leaves no
+    config.json, without which nothing is read.
 
     Args:
         model: BERT, or one on it.
@@ -90,6 +92,7 @@ def to_huggingface(model, folder, tokenizer=None, **config):
         ValueError: if this is no such model, it computes in a way of its own, its blocks or its activation have no like
             there, it is quantized, id2label does not name its classes, or the tokenizer
             has more pieces than the model, or other padding.
+        TypeError: if an entry of config.json cannot be written to one.
     """
     from safetensors.numpy import save_file
 
@@ -104,7 +107,7 @@ def to_huggingface(model, folder, tokenizer=None, **config):
         )
     if tokenizer is not None and tokenizer.pad_id != model.pad_id:
         raise ValueError(f"The tokenizer's padding is piece {tokenizer.pad_id}, and the model's pad_id {model.pad_id}.")
-    settings = _labelled({**_settings(model, kind), **config}, model)
+    settings = json.dumps(_labelled({**_settings(model, kind), **config}, model), indent=2, sort_keys=True)
     prefix, tensors = "" if kind == "BERT" else "bert.", {}
     for path, array in values(model).items():
         name = FORM.name(path)
@@ -112,12 +115,12 @@ def to_huggingface(model, folder, tokenizer=None, **config):
         tensors[whole] = np.ascontiguousarray(array.T if FORM.turned(path) else array)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
     save_file(tensors, folder / "model.safetensors.part", {"format": "pt"})
+    (folder / "config.json").unlink(missing_ok=True)
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
     if tokenizer is not None:
         tokenizer.save_folder(folder, max_length=model.encoder.max_length)
-    (folder / "config.json.part").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+    (folder / "config.json.part").write_text(settings + "\n", "utf-8")
     os.replace(folder / "config.json.part", folder / "config.json")
 
 
@@ -233,8 +236,11 @@ def _settings(model, kind):
 def _labelled(settings, model):
     """config.json's two tables of labels, from one."""
     if "id2label" in settings:
-        labels = {str(i): label for i, label in dict(settings["id2label"]).items()}
-        if hasattr(model, "classes") and list(labels) != [str(i) for i in range(model.classes.units)]:
+        told = settings["id2label"]
+        if not isinstance(told, Mapping) or not all(str(i).isdecimal() for i in told):
+            raise ValueError(f"id2label must be a dict of numbers and names, {{0: ..., 1: ...}}; got {told}.")
+        labels = dict(sorted((int(i), label) for i, label in told.items()))
+        if hasattr(model, "classes") and list(labels) != list(range(model.classes.units)):
             raise ValueError(f"id2label must name the classes 0 to {model.classes.units - 1}; got {labels}.")
-        settings |= {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
+        settings |= {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
     return settings

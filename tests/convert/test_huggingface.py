@@ -180,6 +180,34 @@ def test_labels_are_written(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == "regression"
 
 
+@pytest.mark.on_one_backend
+def test_labels_stand_by_their_numbers(tmp_path):
+    names = {str(i): f"class {i}" for i in range(12)}
+    mixed = {str(i): names[str(i)] for i in sorted(range(12), key=str)}  # 0, 1, 10, 11, 2, as many files have them
+    to_huggingface(small(models.BERTClassifier, 12), tmp_path, id2label=mixed)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert list(config["id2label"].items()) == list(names.items())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": mixed}))
+    model = from_huggingface(tmp_path)
+    assert list(model.conversion.labels.items()) == list(names.items())
+    to_huggingface(model, tmp_path / "again", id2label=model.conversion.labels)
+
+
+@pytest.mark.on_one_backend
+def test_a_folder_stays_as_it_is_if_the_weights_or_the_config_cannot_be_written(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("the disk is full")
+
+    to_huggingface(small(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        to_huggingface(small(models.BERTClassifier, 1), tmp_path, id2label={0: np.int64(5)})
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(OSError, match="full"):
+        to_huggingface(small(models.BERTClassifier, 1), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("classes, problem_type", [(3, "multi_label_classification"), (1, None), (1, "regression")])
 @pytest.mark.on_one_backend
 def test_what_a_checkpoint_told_of_its_classes_is_written_again(tmp_path, classes, problem_type):
@@ -519,8 +547,11 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     large = WordPiece.from_vocabulary([*VOCABULARY, *(f"w{i}" for i in range(40))])
     with pytest.raises(ValueError, match="The tokenizer has 48 pieces, and the model 40"):
         to_huggingface(small(), tmp_path, large)
-    with pytest.raises(ValueError, match=r"id2label must name the classes 0 to 2; got \{'0': 'no', '1': 'yes'\}"):
+    with pytest.raises(ValueError, match=r"id2label must name the classes 0 to 2; got \{0: 'no', 1: 'yes'\}"):
         to_huggingface(small(models.BERTClassifier, 3), tmp_path, id2label={0: "no", 1: "yes"})
+    for labels in (["no", "yes"], {"no": 0, "yes": 1}):
+        with pytest.raises(ValueError, match=r"id2label must be a dict of numbers and names, .*got .*no"):
+            to_huggingface(small(models.BERTClassifier, 2), tmp_path, id2label=labels)
     monkeypatch.setattr(models.BERTEncoder, "block_class", PreLNBlock)
     other = small()
     monkeypatch.undo()
