@@ -146,7 +146,7 @@ class WordPiece(Tokenizer):
 
         Of a folder's two, tokenizer.json is read. A vocab.txt does not say what was done about case: you do, or the
         tokenizer_config.json beside it, or else it is taken for cased if a word of it has a capital letter. The tokens
-        of an added_tokens.json beside it go on where it ends.
+        that an added_tokens.json or tokenizer_config.json beside it have added go on where it ends.
 
         Args:
             path: file or folder.
@@ -187,22 +187,27 @@ class WordPiece(Tokenizer):
         return tokenizer._extended(path.parent)
 
     def _extended(self, folder):
-        """With the tokens of an added_tokens.json, if the folder has one.
+        """With the tokens that the folder's added_tokens.json and tokenizer_config.json have added to the vocabulary.
 
-        tokenizer_config.json tells how they are found in texts, or else whether they are among the special ones.
+        tokenizer_config.json tells how they are found in texts, or else whether they are among the special ones. Such
+        special ones as the vocabulary itself has are found, too.
         """
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Fast
 
-        ids, config = _object(folder / _ADDED), _object(folder / _CONFIG)
-        if not ids:
-            return self
+        config = _object(folder / _CONFIG)
         fast = Fast.from_str(self._json)
         try:
-            told = {entry.pop("content"): entry for entry in config.get("added_tokens_decoder", {}).values()}
+            decoder = (config.get("added_tokens_decoder") or {}).items()
+            numbers = {entry["content"]: int(i) for i, entry in decoder}
+            told = {entry.pop("content"): entry for _, entry in decoder}
             lists = (found.get("additional_special_tokens") for found in (config, _object(folder / _SPECIAL)))
             special = itertools.chain.from_iterable(tokens or () for tokens in lists)
             special = {token["content"] if isinstance(token, dict) else token for token in special}
+            ids = {token: fast.token_to_id(token) for token in special} | numbers | _object(folder / _ADDED)
+            ids = {token: i for token, i in ids.items() if i is not None and token not in PIECES}
+            if not ids:
+                return self
             for token in sorted(ids, key=ids.get):
                 usual = {"special": token in special, "normalized": token not in special}
                 fast.add_tokens([AddedToken(token, **told.get(token, usual))])
@@ -211,7 +216,7 @@ class WordPiece(Tokenizer):
         wrong = {token: i for token, i in ids.items() if fast.token_to_id(token) != i}
         if wrong:
             raise ValueError(
-                f"{folder / _ADDED}: added tokens must go on with the vocabulary, from id {self.vocab_size}; got "
+                f"{folder}: added tokens must go on with the vocabulary, from id {self.vocab_size}; got "
                 f"{str(wrong)[:200]}."
             )
         return type(self)(fast.to_str(pretty=True))

@@ -359,6 +359,21 @@ def test_added_tokens_beside_a_vocabulary_of_lines(tmp_path, config):
     assert WordPiece.load(tmp_path).to_json() == UNCASED.to_json()
 
 
+@pytest.mark.parametrize("config", [
+    dict(added_tokens_decoder={N: {"content": "[E1]", **FLAGS}, 0: {"content": "[PAD]", **FLAGS}}),
+    dict(additional_special_tokens=["hello"]),
+])  # fmt: skip
+def test_added_tokens_that_only_the_configuration_tells(tmp_path, config):
+    transformers = pytest.importorskip("transformers")
+    write_lines_and_added(tmp_path, {}, config)
+    (tmp_path / "added_tokens.json").unlink()
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    texts = [*MARKED, "[E1] hello ohello Hello"]
+    found = WordPiece.load(tmp_path)
+    assert found.encode_batch(texts) == theirs(texts, add_special_tokens=False)["input_ids"]
+    assert found.encode_batch(texts) != UNCASED.encode_batch(texts)
+
+
 @pytest.mark.parametrize("added, config, message", [
     ({"[E1]": N + 1}, {}, rf"added tokens must go on with the vocabulary, from id {N}; got {{'\[E1\]': {N + 1}}}"),
     ({"[E1]": N, "hello": N + 1}, {}, rf"got {{'hello': {N + 1}}}"),
