@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import unicodedata
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of every W
 _FILES = "tokenizer.json", "vocab.txt"
 _CONFIG, _ADDED, _SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 _NAMES = {"lowercase": "do_lower_case", "strip_accents": "strip_accents", "split_chinese": "tokenize_chinese_chars"}
+_CUT = {"word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}  # of BERT's; Japanese ones differ
 _CHINESE = "".join(f"\\x{{{first:X}}}-\\x{{{last:X}}}" for first, last in (
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
     (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)))  # fmt: skip
@@ -175,6 +177,15 @@ class WordPiece(Tokenizer):
 
     @classmethod
     def _load_vocabulary(cls, path, given):
+        config = _object(path.parent / _CONFIG)
+        others = {name: config.get(name) for name, usual in _CUT.items() if config.get(name) not in (None, usual)}
+        if others:
+            warnings.warn(
+                f"{path.parent / _CONFIG} has {others}, and texts are cut at spaces and punctuation here: the pieces "
+                "will be others than those of its model. Cut texts as it says, join the words with spaces, and load "
+                "this vocabulary with split_chinese=False.",
+                stacklevel=3,
+            )
         pieces = _up_to_the_last(read_lines(path))
         words = (piece.removeprefix("##") for piece in pieces)
         settings = dict(lowercase=not any(word.isalpha() and word != word.lower() for word in words))

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import unicodedata
+import warnings
 
 import numpy as np
 import pytest
@@ -333,6 +334,16 @@ def write_lines_and_added(folder, added, config):
     (folder / "added_tokens.json").write_text(json.dumps(added))
     config = {"do_lower_case": True, "tokenizer_class": "BertTokenizer", **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_words_that_are_found_in_another_way_are_told(tmp_path):
+    config = dict(word_tokenizer_type="mecab", subword_tokenizer_type="wordpiece")
+    write_lines_and_added(tmp_path, {}, config)
+    with pytest.warns(UserWarning, match=r"has \{'word_tokenizer_type': 'mecab'\}, and texts are cut at spaces"):
+        WordPiece.load(tmp_path)
+    write_lines_and_added(tmp_path, {}, {**config, "word_tokenizer_type": "basic"})
+    with warnings.catch_warnings(action="error"):
+        WordPiece.load(tmp_path)
 
 
 N = len(VOCABULARY)
