@@ -115,27 +115,32 @@ def check_plain(part, known):
         )
 
 
+def own_path(weight):
+    """The path of a weight without the model's own name."""
+    return weight.path.split("/", 1)[1]
+
+
 def paths(model):
     """{path without the model's own name: variable} of all weights."""
-    return {weight.path.split("/", 1)[1]: weight for weight in model.weights}
+    return {own_path(weight): weight for weight in model.weights}
 
 
-def values(model):
-    """{path without the model's own name: array} of all weights, float32, with the factors of LoRA in what they adapt.
+def values(model, name=own_path):
+    """{name of a weight: array} of all weights, float32, with the factors of LoRA in what they adapt.
 
     Raises:
         ValueError: if a layer is quantized.
     """
-    weights, merged, factors = paths(model), {}, set()
+    merged, factors = {}, set()
     for layer in model._flatten_layers():
         if layer.quantization_mode is not None:
-            raise ValueError(f"{layer.path} is quantized, {layer.quantization_mode}; write the model as it was before.")
-        for name in ("kernel", "embeddings") if getattr(layer, "lora_enabled", False) else ():
-            if hasattr(layer, f"lora_{name}_a"):
-                merged[id(getattr(layer, f"_{name}"))] = getattr(layer, name)
-                factors |= {id(getattr(layer, f"lora_{name}_{side}")) for side in "ab"}
-    return {path: ops.convert_to_numpy(ops.cast(merged.get(id(weight), weight), "float32"))
-            for path, weight in weights.items() if id(weight) not in factors}  # fmt: skip
+            raise ValueError(f"{layer.path} is quantized, {layer.quantization_mode}; take the model as it was before.")
+        for part in ("kernel", "embeddings") if getattr(layer, "lora_enabled", False) else ():
+            if hasattr(layer, f"lora_{part}_a"):
+                merged[id(getattr(layer, f"_{part}"))] = getattr(layer, part)
+                factors |= {id(getattr(layer, f"lora_{part}_{side}")) for side in "ab"}
+    return {name(weight): ops.convert_to_numpy(ops.cast(merged.get(id(weight), weight), "float32"))
+            for weight in model.weights if id(weight) not in factors}  # fmt: skip
 
 
 def read(source, form, tensors, config, kind=None, num_classes=None, dtype=None, classifier=None):

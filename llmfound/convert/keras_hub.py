@@ -4,7 +4,6 @@ import re
 import warnings
 
 import numpy as np
-from keras import ops
 
 from llmfound import models
 from llmfound.convert.assign import assign
@@ -42,6 +41,8 @@ FORM = Form(keras_hub_name, lambda path: False, ENCODER)
 def from_keras_hub(backbone, kind=None, num_classes=None, dtype=None):
     """A model with the weights of a keras_hub.models.BertBackbone, whose GELU is the tanh form.
 
+    What LoRA has learned is read with the weights that it adapts.
+
         backbone = keras_hub.models.BertBackbone.from_preset("bert_tiny_en_uncased")
         bert = llmfound.convert.from_keras_hub(backbone)
 
@@ -55,7 +56,7 @@ def from_keras_hub(backbone, kind=None, num_classes=None, dtype=None):
         A model of `kind`, whose `conversion` tells what went where.
 
     Raises:
-        ValueError: if it is no backbone of BERT, or a weight is missing, left over, or does not fit.
+        ValueError: if it is no backbone of BERT, it is quantized, or a weight is missing, left over, or does not fit.
     """
     if "BertBackbone" not in [base.__name__ for base in type(backbone).__mro__]:
         raise ValueError(f"This must be a keras_hub.models.BertBackbone; got {type(backbone).__name__}.")
@@ -67,7 +68,7 @@ def from_keras_hub(backbone, kind=None, num_classes=None, dtype=None):
         max_position_embeddings=hub["max_sequence_length"], type_vocab_size=hub["num_segments"], pad_token_id=0,
         layer_norm_eps=1e-12, is_decoder=False,
     )  # fmt: skip
-    tensors = {_name(weight): _flat(_name(weight), ops.convert_to_numpy(weight)) for weight in backbone.weights}
+    tensors = {name: _flat(name, array) for name, array in values(backbone, _name).items()}
     return read(f"{type(backbone).__name__} {backbone.name!r}", FORM, tensors, config, kind, num_classes, dtype)
 
 

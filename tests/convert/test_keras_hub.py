@@ -1,6 +1,7 @@
 """BERT from and to KerasHub: the same numbers as its backbone gives."""
 
 import sys
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ from llmfound.models import BERT, BERTClassifier, BERTQuestionAnswering
 from llmfound.testing import assert_close
 
 TOKENS = np.array([[2, 5, 7, 9, 3, 11, 13, 3], [2, 12, 4, 3, 0, 0, 0, 0]], "int32")
+RNG = np.random.default_rng(1)
 SEGMENTS = np.array([[0, 0, 0, 0, 0, 1, 1, 1], [0] * 8], "int32")
 SHAPES = [
     dict(num_layers=2, hidden_dim=12, num_heads=3, intermediate_dim=20, max_length=9, num_segments=3),
@@ -83,15 +85,18 @@ class Weight(np.ndarray):
 class BertBackbone:
     """What is read of KerasHub's, so that these tests need it not."""
 
-    name = "backbone"
+    name, layers = "backbone", ()
 
     def __init__(self, shapes):
         rng = np.random.default_rng(0)
-        self.arrays = {path: rng.normal(size=shape).astype("float32") for path, shape in shapes.items()}
+        self.arrays = {path: Weight(path, rng.normal(size=shape).astype("float32")) for path, shape in shapes.items()}
 
     @property
     def weights(self):
-        return [Weight(path, array) for path, array in self.arrays.items()]
+        return list(self.arrays.values())
+
+    def _flatten_layers(self):
+        return self.layers
 
     def get_config(self):
         return dict(vocabulary_size=7, num_layers=1, num_heads=2, hidden_dim=4, intermediate_dim=6, dropout=0.1,
@@ -126,8 +131,35 @@ def test_every_weight_by_its_name(backbone):
     assert model.encoder.dropout.rate == 0.1 and model.encoder.blocks[0].attention.num_heads == 2
 
 
+def test_what_lora_has_learned_is_read(backbone):
+    path = "transformer_layer_0/self_attention_layer/query"
+    plain, merged = (np.array(x) for x in (backbone.arrays[f"{path}/kernel"], RNG.normal(size=(4, 2, 2))))
+    sides = [Weight(f"{path}/lora_kernel_{side}", np.ones(3)) for side in "ab"]
+    backbone.arrays |= {weight.path: weight for weight in sides}
+    backbone.layers = [SimpleNamespace(
+        path=path, quantization_mode=None, lora_enabled=True, kernel=merged, _kernel=backbone.arrays[f"{path}/kernel"],
+        lora_kernel_a=sides[0], lora_kernel_b=sides[1],
+    )]  # fmt: skip
+    kernel = from_keras_hub(backbone).encoder.blocks[0].attention.query.kernel
+    assert_close(kernel, merged.reshape(4, 4), 1e-6)
+    assert np.abs(merged - plain).max() > 0.1
+    backbone.layers[0].quantization_mode = "int8"
+    with pytest.raises(ValueError, match="self_attention_layer/query is quantized, int8; take the model as it was"):
+        from_keras_hub(backbone)
+
+
+def test_lora_of_kerashub():
+    pytest.importorskip("keras_hub")
+    backbone = to_keras_hub(make(SHAPES[0]))
+    backbone.enable_lora(2)
+    for weight in backbone.weights:
+        if "lora" in weight.path:
+            weight.assign(RNG.normal(size=weight.shape))
+    assert_close(of_hub(backbone), of_ours(from_keras_hub(backbone)), 1e-5)
+
+
 def test_weights_that_do_not_fit(backbone):
-    backbone.arrays["transformer_layer_0/lora_a"] = np.zeros((4, 2), "float32")
+    backbone.arrays["transformer_layer_0/lora_a"] = Weight("transformer_layer_0/lora_a", np.zeros((4, 2), "float32"))
     for kind in (None, BERT):
         with pytest.raises(ValueError, match=r"transformer_layer_0/lora_a \(4, 2\) is not used"):
             from_keras_hub(backbone, kind)

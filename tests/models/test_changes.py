@@ -135,7 +135,7 @@ def test_a_quantized_model_from_a_file(tmp_path):
     assert "int8" in {weight.dtype for weight in loaded.weights}
     assert_close(loaded.predict(IDS, verbose=0), model.predict(IDS, verbose=0))
     before = sorted(path.read_bytes() for path in (tmp_path / "folder").iterdir())
-    with pytest.raises(ValueError, match=r"block_./.* is quantized, int8; write the model as it was before"):
+    with pytest.raises(ValueError, match=r"block_./.* is quantized, int8; take the model as it was before"):
         convert.to_huggingface(model, tmp_path / "folder")
     assert sorted(path.read_bytes() for path in (tmp_path / "folder").iterdir()) == before
 
