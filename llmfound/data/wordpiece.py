@@ -4,6 +4,7 @@ import collections
 import functools
 import itertools
 import json
+import os
 import sys
 import unicodedata
 import warnings
@@ -258,6 +259,8 @@ class WordPiece(Tokenizer):
 
         The AutoTokenizer of `transformers` gives the same ids for every text, with [CLS] and [SEP] added, but finds
         special pieces that are written in it. Its BertTokenizer takes the vocabulary alone and does as said above.
+        Files of the same names are replaced, where they are links to others' the links alone, and an added_tokens.json,
+        which would add to this vocabulary what it has not, is removed.
 
         Args:
             folder: path, made if it is not there.
@@ -265,14 +268,17 @@ class WordPiece(Tokenizer):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.save(folder / "tokenizer.json")
-        (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in self.vocabulary), "utf-8", newline="\n")
         names = {f"{piece[1:-1].lower()}_token": piece for piece in PIECES}
         config = {theirs: self._settings[ours] for ours, theirs in _NAMES.items()}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **names}
         config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-        for name, content in ((_CONFIG, config), ("special_tokens_map.json", names)):
-            (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+        contents = {"tokenizer.json": self._json, "vocab.txt": "".join(f"{piece}\n" for piece in self.vocabulary)}
+        for name, content in ((_CONFIG, config), (_SPECIAL, names)):
+            contents[name] = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        for name, content in contents.items():
+            (folder / f"{name}.part").write_text(content, "utf-8", newline="\n")
+            os.replace(folder / f"{name}.part", folder / name)
+        (folder / _ADDED).unlink(missing_ok=True)
 
     def encode_words(self, words):
         """The ids of the pieces of each word of a text that is split already: list of lists of int.

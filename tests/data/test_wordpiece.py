@@ -336,6 +336,22 @@ def write_lines_and_added(folder, added, config):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def test_a_folder_of_links_and_of_added_tokens_is_written_to(tmp_path):
+    cache, folder = tmp_path / "blobs", tmp_path / "snapshot"
+    cache.mkdir()
+    folder.mkdir()
+    names = "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+    for name in names:
+        (cache / name).write_text("of another model")
+        (folder / name).symlink_to(cache / name)
+    (folder / "added_tokens.json").write_text(json.dumps({"[E1]": N}))
+    UNCASED.save_folder(folder)
+    assert {(cache / name).read_text() for name in names} == {"of another model"}
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    for path in (folder, folder / "vocab.txt"):
+        assert WordPiece.load(path, lowercase=True).encode("[E1] hello") == UNCASED.encode("[E1] hello")
+
+
 def test_words_that_are_found_in_another_way_are_told(tmp_path):
     config = dict(word_tokenizer_type="mecab", subword_tokenizer_type="wordpiece")
     write_lines_and_added(tmp_path, {}, config)
