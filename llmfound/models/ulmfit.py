@@ -2,6 +2,7 @@
 Fine-tuning for Text Classification"; the language model, Merity, Keskar, Socher 2018, "Regularizing and Optimizing LSTM
 Language Models"."""
 
+import collections
 import operator
 
 import keras
@@ -13,6 +14,7 @@ from llmfound.layers import AWDLSTM, LanguageModelHead, PoolingClassifierHead
 from llmfound.ops import padding_mask
 
 FASTAI = {"[PAD]": "xxpad", "[START]": "xxbos", "[END]": "xxeos", "[UNK]": "xxunk"}
+FILLERS = "xxfake", ""  # several times in vocabularies, but in no text: of fastai, and of a Tokenizer's gaps
 
 
 class CarriedStates(Layer):
@@ -187,15 +189,16 @@ class ULMFiT(Model):
             ULMFiT, uncompiled, its other weights copies of this one's.
 
         Raises:
-            ValueError: if `old` is not of this model's size, or one of them lists a word twice.
+            ValueError: if `old` is not of this model's size, or one lists a word twice, but for fastai's xxfake.
         """
         pad_id, known = self.pad_id if self.pad_id is None else getattr(new, "pad_id", None), self.pad_id
         old, new = (list(getattr(words, "vocabulary", words)) for words in (old, new))
         if len(old) != self.vocab_size:
             raise ValueError(f"old has {len(old)} words, and the model {self.vocab_size}.")
         for words in (old, new):
-            if len(set(words)) < len(words):
-                twice = next(word for word in words if words.count(word) > 1)
+            counts = collections.Counter(word for word in words if word not in FILLERS)
+            twice = next((word for word, count in counts.items() if count > 1), None)
+            if twice is not None:
                 raise ValueError(f"{twice!r} stands twice in a vocabulary.")
         if pad_id is None and known is not None:  # lists of words do not tell
             pad_id = new.index(old[known]) if old[known] in new else known

@@ -355,6 +355,14 @@ def test_another_vocabulary_brings_its_padding_and_its_own_names_of_special_word
     assert tiny(vocab_size=5, pad_id=None).with_vocabulary(old, words).pad_id is None
 
 
+@pytest.mark.parametrize("filler", ["xxfake", ""])
+def test_what_fills_a_vocabulary_up_may_stand_more_than_once(filler):
+    model = tiny(vocab_size=5)
+    new = model.with_vocabulary(["a", "b", *[filler] * 3], ["b", "a", filler, filler])
+    before, after = (numpy(m.encoder.embedding.embeddings) for m in (model, new))
+    assert_close(after, before[[1, 0, 4, 4]], 0)
+
+
 @pytest.mark.parametrize("old, new, message", [
     (["a", "b"], ["a"], "old has 2 words, and the model 3"),
     (["a", "b", "a"], ["a"], "'a' stands twice"),
