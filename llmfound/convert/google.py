@@ -25,6 +25,7 @@ def google_name(path):
     return module if last == "embeddings" else f"{module}/{last}"
 
 
+PASSED_OVER = "global_step", "_CHECKPOINTABLE_OBJECT_GRAPH"
 FORM = Form(google_name, lambda path: path.endswith("/kernel") and path.split("/")[0] in HEADS,
             ("bert/embeddings/", "bert/encoder/"))  # fmt: skip
 
@@ -50,8 +51,9 @@ def from_google(path, kind=None, num_classes=None, dtype=None, config=None):
 
     Raises:
         FileNotFoundError: if a file is missing; what is there is named.
-        ValueError: if bert_config.json is none, a file is truncated or damaged, the folder has several checkpoints, or
-            more words in its vocab.txt than the model, or tensors are missing, left over, or of other shapes.
+        ValueError: if bert_config.json is none, a file is truncated, damaged or of TensorFlow 2's Keras, the folder has
+            several checkpoints, or more words in its vocab.txt than the model, or tensors are missing, left over, or of
+            other shapes.
     """
     prefix = _prefix(Path(path))
     settings = read_config(Path(config) if config else prefix.with_name("bert_config.json"), ACTIVATIONS,
@@ -60,7 +62,12 @@ def from_google(path, kind=None, num_classes=None, dtype=None, config=None):
     words = len(vocabulary.read_bytes().rstrip().split(b"\n")) if vocabulary.exists() else 0
     if words > settings["vocab_size"]:
         raise ValueError(f"{vocabulary} has {words} pieces, more than the vocab_size {settings['vocab_size']}.")
-    tensors = read_bundle(prefix, lambda name: name == "global_step" or name.endswith(("/adam_m", "/adam_v")))
+    tensors = read_bundle(prefix, lambda name: name in PASSED_OVER or name.endswith(("/adam_m", "/adam_v")))
+    if any(name.endswith("/.ATTRIBUTES/VARIABLE_VALUE") for name in tensors):
+        raise ValueError(
+            f"{prefix}.index is of TensorFlow 2's Keras, whose names tell objects, such as {next(iter(tensors))}; the "
+            "checkpoints of the authors' code, https://github.com/google-research/bert, can be read."
+        )
     return read(prefix, FORM, tensors, settings, kind, num_classes, dtype, models.BERTClassifier)
 
 

@@ -101,6 +101,8 @@ def to_huggingface(model, folder, tokenizer=None, **config):
         raise ValueError(f"{type(model).__name__} is none of {', '.join(OF_KIND)}.")
     check_plain(model, getattr(models, kind))
     check_plain(model.encoder, models.BERTEncoder)
+    if tokenizer is not None and not hasattr(tokenizer, "save_folder"):
+        raise ValueError(f"tokenizer must be a WordPiece, such as WordPiece.load gives; got {str(tokenizer)[:60]!r}.")
     if tokenizer is not None and tokenizer.vocab_size > model.encoder.token_embedding.input_dim:
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} pieces, and the model {model.encoder.token_embedding.input_dim}."

@@ -305,6 +305,16 @@ def test_entries_that_cannot_be(tmp_path, entry, message):
 
 
 @pytest.mark.on_one_backend
+def test_a_checkpoint_of_objects_is_told(folder):
+    for path in folder.glob("bert_model*"):
+        path.unlink()
+    name = "model/layer-1/embeddings/.ATTRIBUTES/VARIABLE_VALUE"
+    write_bundle(folder / "bert_model.ckpt", {"_CHECKPOINTABLE_OBJECT_GRAPH": np.ones(2, "f4"), name: np.ones(2, "f4")})
+    with pytest.raises(ValueError, match=rf"is of TensorFlow 2's Keras, .*, such as {name}; the checkpoints of the"):
+        from_google(folder)
+
+
+@pytest.mark.on_one_backend
 def test_tensors_in_slices_are_told(tmp_path):
     slices = [f"\0a\0\1\1\2{place}\x82\x80\x82" for place in "\x80\x82"]  # TensorFlow's keys of two halves of (4, 2)
     write_bundle(tmp_path / "x", dict.fromkeys(["a", "b", *slices], np.ones((2, 2), "float32")), field7=b"x")

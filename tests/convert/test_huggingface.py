@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from llmfound import kernels, models, training
 from llmfound.convert import from_huggingface, to_huggingface
-from llmfound.data import WordPiece
+from llmfound.data import Tokenizer, WordPiece
 from llmfound.layers import PreLNBlock
 from llmfound.testing import assert_close, fixture
 
@@ -547,6 +547,9 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     large = WordPiece.from_vocabulary([*VOCABULARY, *(f"w{i}" for i in range(40))])
     with pytest.raises(ValueError, match="The tokenizer has 48 pieces, and the model 40"):
         to_huggingface(small(), tmp_path, large)
+    for other in ("bert-base-uncased", Tokenizer.train(["a"], 300)):
+        with pytest.raises(ValueError, match=r"tokenizer must be a WordPiece, .*; got '(bert-|Tokenizer\()"):
+            to_huggingface(small(), tmp_path, other)
     with pytest.raises(ValueError, match=r"id2label must name the classes 0 to 2; got \{0: 'no', 1: 'yes'\}"):
         to_huggingface(small(models.BERTClassifier, 3), tmp_path, id2label={0: "no", 1: "yes"})
     for labels in (["no", "yes"], {"no": 0, "yes": 1}):
