@@ -4,6 +4,7 @@ and the authors' code, whose names of the marks these are."""
 import collections
 import html
 import re
+import unicodedata
 
 from llmfound.data.tokenizers import SPECIAL_PIECES, Tokenizer, _as_texts
 
@@ -12,18 +13,29 @@ _MARKUP = re.compile(r"<\s*br\s*/?\s*>", re.I)
 _REMAINS = {" @-@ ": "-", " @,@ ": ",", " @.@ ": ".", " #39;": "'", "&#39;": "'", "#39;": "'", "\\n": "\n", "\\$": "$",
             '\\"': '"', "<unk>": "[UNK]"}  # fmt: skip
 _REPEATED = re.compile(r"(\S)\1{3,}")
-_REPEATED_WORD = re.compile(r"(?<!\w)(\w+)((?:[ \t]+\1(?!\w)){3,})")
-_WORD = re.compile(
-    r"\[UNK\]"
-    r"|(?:[^\W\d_](?:\.[^\W\d_])+(?![^\W\d_])\.?)"  # U.S.A.
-    r"|[^\W\d_]+(?=n['’]t\b)|n['’]t\b"  # do|n't
-    r"|['’](?:s|m|d|re|ve|ll)\b"  # it|'s
-    r"|\w+(?:-\w+)*"  # words, numbers, well-known
-    r"|\.{2,}|-{2,}"
-    r"|[^\w\s]"
-    r"|\n",
-    re.I,
-)
+
+
+def _patterns(letters, end):
+    """What finds words that are repeated, and words: expressions of one word, and of where it ends or has not begun."""
+    repeated = re.compile(rf"(?<!{end})({letters})((?:[ \t]+\1(?!{end})){{3,}})")
+    word = re.compile(
+        r"\[UNK\]"
+        r"|(?:[^\W\d_](?:\.[^\W\d_])+(?![^\W\d_])\.?)"  # U.S.A.
+        r"|[^\W\d_]+(?=n['’]t\b)|n['’]t\b"  # do|n't
+        r"|['’](?:s|m|d|re|ve|ll)\b"  # it|'s
+        rf"|{letters}(?:-{letters})*"  # words, numbers, well-known
+        r"|\.{2,}|-{2,}"
+        r"|[^\w\s]"
+        r"|\n",
+        re.I,
+    )
+    return repeated, word
+
+
+# Vowel signs, accents of their own and joiners, which are none of Python's \w.
+_SIGNS = {"\u200c", "\u200d", *(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")}
+_WITHIN = rf"[\w{''.join(sorted(_SIGNS))}]"
+_PLAIN, _SIGNED = _patterns(r"\w+", r"\w"), _patterns(rf"\w{_WITHIN}*", _WITHIN)
 
 
 def words(text):
@@ -39,10 +51,11 @@ def words(text):
     text = html.unescape(_MARKUP.sub("\n", text))
     for found, meant in _REMAINS.items():
         text = text.replace(found, meant)
-    text = _REPEATED_WORD.sub(lambda m: f" xxwrep {1 + len(m[2].split())} {m[1]} ", text)
+    repeated, word_of = _PLAIN if _SIGNS.isdisjoint(text) else _SIGNED  # the plain ones are faster
+    text = repeated.sub(lambda m: f" xxwrep {1 + len(m[2].split())} {m[1]} ", text)
     text = _REPEATED.sub(lambda m: f" xxrep {len(m[0])} {m[1]} ", text)
     found = []
-    for word in _WORD.findall(text):
+    for word in word_of.findall(text):
         if word == "[UNK]":
             found.append(word)
         elif len(word) > 1 and word.isupper() and any(map(str.isalpha, word)):
