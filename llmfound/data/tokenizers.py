@@ -125,10 +125,11 @@ class Tokenizer:
         """The same from UTF-8 text files (plain, .gz, .xz or .bz2), one sentence a line.
 
         Args:
-            paths: iterable of paths.
+            paths: iterable of paths, or one path.
             vocab_size: int, as in `train`.
             **options: the other arguments of `train`.
         """
+        paths = [paths] if isinstance(paths, (str, Path)) else paths
         return cls.train((line for path in paths for line in read_lines(path)), vocab_size, **options)
 
     @classmethod

@@ -261,7 +261,8 @@ def test_round_trip_through_file_string_pickle_and_copy(tmp_path):
 def test_training_from_files_is_training_from_their_lines(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
-    assert Tokenizer.train_from_files([path], 400).to_json() == KINDS["bpe"].to_json()
+    for paths in ([path], path, str(path)):
+        assert Tokenizer.train_from_files(paths, 400).to_json() == KINDS["bpe"].to_json()
 
 
 def plain_tokenizer():
