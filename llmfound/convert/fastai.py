@@ -61,8 +61,8 @@ def to_fastai(model):
     """The weights of a language model, an encoder or a classifier by fastai's names: dict of NumPy float32 arrays.
 
     `torch.save({name: torch.from_numpy(array) ...})` or safetensors writes them to a file. fastai's head has no biases
-    in its linear layers: a classifier whose biases are not zero cannot be written without them, and has them here as
-    1.layers.{0,1}.2.bias.
+    in its linear layers: those that are zero are left out, and a classifier that has others has them here as
+    1.layers.{0,1}.2.bias, which fastai's strict loading refuses.
 
     Args:
         model: ULMFiT, AWDLSTM or ULMFiTClassifier.
@@ -84,7 +84,9 @@ def to_fastai(model):
     if hasattr(model, "head"):
         for ours, (names, function) in _head(model.head).items():
             [weight] = [w for w in model.head.weights if w.path.endswith(ours)]
-            tensors[names[0]] = function(_array(weight))
+            array = function(_array(weight))
+            if array.any() or not names[0].endswith(".2.bias"):
+                tensors[names[0]] = array
     return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 
 

@@ -118,9 +118,12 @@ def test_a_classifier():
         x = np.maximum(x, 0) if i == 0 else x
     assert_close(classifier.predict_on_batch({"token_ids": IDS}), x, 1e-5)
     written = to_fastai(classifier)
+    assert set(written) == {name for name in tensors if not name.endswith("num_batches_tracked")}
     again = ULMFiTClassifier(ULMFiT(13, **SIZES), 3)
     from_fastai(again, written)
     assert_close(again.predict_on_batch({"token_ids": IDS}), x, 1e-5)
+    again.head.output_classes.bias.assign([1.0, 2.0, 3.0])
+    assert to_fastai(again)["1.layers.1.2.bias"].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("change, message", [
