@@ -53,6 +53,8 @@ def from_fastai(model, tensors):
     if hasattr(model, "head"):
         table |= {ours: (names, function) for ours, (names, function) in _head(model.head).items()}
         ignore |= {f"1.layers.{i}.0.num_batches_tracked" for i in range(2)}
+        of_no_dropout = {f"1.layers.{i}.1.weight": f"1.layers.{i}.2.weight" for i in range(2)}  # of rate 0: no layer
+        tensors = {of_no_dropout.get(name, name): array for name, array in tensors.items()}
         tensors = {**_zero_biases(model.head), **tensors}
     assign(model, tensors, table, ignore, keep=["carried"])
 

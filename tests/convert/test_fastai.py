@@ -122,6 +122,8 @@ def test_a_classifier():
     again = ULMFiTClassifier(ULMFiT(13, **SIZES), 3)
     from_fastai(again, written)
     assert_close(again.predict_on_batch({"token_ids": IDS}), x, 1e-5)
+    written["1.layers.0.1.weight"] = written.pop("1.layers.0.2.weight")  # as with drop_mult=0
+    from_fastai(ULMFiTClassifier(ULMFiT(13, **SIZES), 3), written)
     again.head.output_classes.bias.assign([1.0, 2.0, 3.0])
     assert to_fastai(again)["1.layers.1.2.bias"].tolist() == [1, 2, 3]
 
