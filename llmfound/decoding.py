@@ -8,6 +8,7 @@ tensor in it belongs to the rows, except scalars, which are common to all.
 The model need not be a Keras model; on JAX, whatever of its variables may change must then stand in `model.variables`.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import keras
@@ -245,13 +246,15 @@ def translate(model, tokenizer, sentences, target_tokenizer=None, beam_size=4, l
         list of str, in the order of `sentences`.
 
     Raises:
-        ValueError: if `sentences` is one str, one of them is longer than the model's `max_length`, a size is not
+        ValueError: if `sentences` are one str or a table, one is longer than the model's `max_length`, a size is not
             positive, a tokenizer lacks a special id, or the model lacks `align`; or if there is a dictionary without
             replace_unknown.
     """
     target_tokenizer = target_tokenizer or tokenizer
     if isinstance(sentences, str):
         raise ValueError(f"sentences must be a list of str; got one str, {sentences[:40]!r}.")
+    if isinstance(sentences, Mapping) or hasattr(sentences, "columns"):  # which iterate over names
+        raise ValueError(f"sentences must be a list of str, such as a column; got a {type(sentences).__name__}.")
     if batch_size < 1 or length_multiple < 1:
         raise ValueError(f"batch_size and length_multiple must be at least 1; got {batch_size} and {length_multiple}.")
     ids = {f"{name}_id": getattr(target_tokenizer, f"{name}_id") for name in ("start", "end", "pad")}

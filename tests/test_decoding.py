@@ -875,6 +875,7 @@ TOKENIZER = Words(TEXT)
         ),
         (lambda: decoding.greedy(transformer(), {"source_ids": [[3, 11]]}), "source_ids must hold ids from 0 to 10"),
         (lambda: decoding.translate(TOY, TOKENIZER, "one two"), "must be a list of str; got one str, 'one two'"),
+        (lambda: decoding.translate(TOY, TOKENIZER, {"en": ["one"]}), "sentences must be .*a column; got a dict"),
         (lambda: decoding.translate(TOY, TOKENIZER, ["one"], batch_size=0), "at least 1; got 0 and 16"),
         (lambda: decoding.translate(TOY, TOKENIZER, ["one"], length_multiple=0), "at least 1; got 64 and 0"),
         (
