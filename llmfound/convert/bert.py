@@ -316,4 +316,9 @@ def _model(kind, form, tensors, config, num_classes, dtype):
     there = tensors.get(form.name("classes/kernel"))
     if num_classes is None and there is None:
         raise ValueError(f"The file has no classifier; give num_classes for a new {kind.__name__}.")
+    if num_classes is not None and there is not None and there.shape[:1] != (num_classes,):
+        raise ValueError(
+            f"The file's classifier is {there.shape}; got num_classes={num_classes}. For a new one, read the file with "
+            f"kind=llmfound.models.BERT, and make a {kind.__name__} of that."
+        )
     return kind(bert, len(there) if num_classes is None else num_classes, **policy)

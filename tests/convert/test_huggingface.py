@@ -531,6 +531,16 @@ def test_files_that_are_missing_or_damaged(folder):
 
 
 @pytest.mark.on_one_backend
+def test_a_classifier_of_other_classes(tmp_path):
+    to_huggingface(small(models.BERTClassifier, 3), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"is \(3, 16\); got num_classes=2\. For a new one, .* a BERTClassifier of that"
+    ):
+        from_huggingface(tmp_path, models.BERTClassifier, num_classes=2)
+    assert from_huggingface(tmp_path, models.BERTClassifier, num_classes=3).classes.units == 3
+
+
+@pytest.mark.on_one_backend
 def test_a_classifier_of_unknown_kind(tmp_path):
     to_huggingface(small(models.BERTClassifier, 2), tmp_path)
     rewrite(tmp_path, architectures=None)
