@@ -73,9 +73,10 @@ class Progress(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         # Here and not when it is shown: on JAX, another thread must not touch the state of a running epoch.
         now = time.monotonic()
+        last = self.steps is not None and batch + self.model.steps_per_execution >= self.steps  # the line of the epoch
         if self.budget is not None:
             self.rate = self.budget.rate
-        elif self.rate is None or now - self.rate_at >= _RATE_SECONDS:
+        elif self.rate is None or last or now - self.rate_at >= _RATE_SECONDS:
             self.rate, self.rate_at = float(ops.convert_to_numpy(self.model.optimizer.learning_rate)), now
 
     def on_train_batch_end(self, batch, logs=None):
