@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -258,6 +259,12 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch):
         command.main(command.parse(["reproduce", "preln-gradients"]))
 
 
+def of_python(errors):
+    """Without what TensorFlow, which Keras imports on every backend, logs at its start on some processors."""
+    logged = re.compile(r"(WARNING: All log messages before absl|[IW]0000 ).*\n")
+    return logged.sub("", errors)
+
+
 @pytest.mark.on_one_backend
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no groups of processes")
 @pytest.mark.parametrize("when", ["imports", pytest.param("jobs", marks=pytest.mark.slow)])
@@ -281,7 +288,7 @@ def test_ctrl_c_ends_in_one_sentence(when, tmp_path):
             break
         except subprocess.TimeoutExpired:
             continue
-    assert errors == "Interrupted. What was done is kept, and the same command goes on.\n"
+    assert of_python(errors) == "Interrupted. What was done is kept, and the same command goes on.\n"
     assert process.returncode in (1, -signal.SIGINT)  # as Python ends where the signal met code that an import compiles
 
 
@@ -299,7 +306,7 @@ def test_jobs_end_with_the_process_that_started_them(how, tmp_path):
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)  # the jobs have its streams, too: they have ended when it returns
     assert process.returncode == (143 if how == signal.SIGTERM else -how)
-    assert not errors or how == signal.SIGKILL  # of which Python's own helper tells
+    assert not of_python(errors) or how == signal.SIGKILL  # of which Python's own helper tells
 
 
 @pytest.mark.on_one_backend

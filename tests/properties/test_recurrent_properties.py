@@ -76,4 +76,6 @@ def test_a_source_is_its_words_wherever_padding_stands(name, words, data):
     found = model(name).predict_on_batch({"source_ids": source, "target_ids": target})
     assert np.isfinite(found).all()
     flush = np.array([words + [0] * (LENGTH + 2 - len(words))], "int32")
-    assert_close(found, model(name).predict_on_batch({"source_ids": flush, "target_ids": target}), 1e-5)
+    expected = model(name).predict_on_batch({"source_ids": flush, "target_ids": target})
+    largest = np.abs(expected).max()  # some hundred, and a small logit is what large terms leave
+    assert_close(found / largest, expected / largest, 1e-5)

