@@ -398,7 +398,9 @@ def test_adadelta_as_printed():
 @pytest.mark.slow
 @pytest.mark.parametrize("model_class", [RNNsearch, RNNencdec])
 def test_toy_reproduction_of_figures_2_and_3(model_class):
-    """Check 10: reverse 20 symbols, lengths 3 to 15; the fixed vector does not hold 15 words, the alignment mirrors."""
+    """Check 10: reverse 20 symbols, lengths 3 to 15; the fixed vector does not hold 15 words, the alignment mirrors.
+
+    The rate falls to 0: at a constant one the last accuracy is that of a moment, 0.87 to 1 by seed and processor."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     glorot = keras.initializers.GlorotUniform
@@ -408,7 +410,7 @@ def test_toy_reproduction_of_figures_2_and_3(model_class):
             start = keras.initializers.RandomUniform(-0.05, 0.05) if "embedding" in weight.path else glorot()
             weight.assign(start(weight.shape))
     model.compile(
-        keras.optimizers.Adam(2e-3, global_clipnorm=1.0),
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(2e-3, 2500), global_clipnorm=1.0),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0),
     )
 
